@@ -1,0 +1,89 @@
+"""TokenGraph: the sparse graph of the image tokens, built once and never changed.
+
+The CSR stays over the n original image tokens for the whole network. What a layer changes is only the view of it:
+``token`` says which original token stands behind each current row. An edge counts in a layer when its source
+leaves there and its target stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGraph:
+    """One CSR per image over the original image tokens, and the view of the current rows.
+
+    Attributes:
+        indptr: int32 [B, n+1]; row i of image b owns the edges ``indptr[b, i]:indptr[b, i+1]``. A row may be empty.
+        indices: int32 [B, E]; the column (original token) of each edge, ascending within a row. E is fixed by the
+            graph type and the grid, so that shapes are static; what lies beyond ``indptr[:, n]`` is padding (zero).
+        values: float32 [B, E]; the normalised weights Â (paper, Equation 9).
+        token: int32 [B, m]; the original token behind each current image row (prefix tokens are not counted).
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    token: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the number of original image tokens."""
+        return self.indptr.shape[1] - 1
+
+    def with_token(self, token: Tensor) -> TokenGraph:
+        """The same graph seen through other rows: ``token`` int32 [B, m]."""
+        return TokenGraph(self.indptr, self.indices, self.values, token)
+
+    def edge_rows(self) -> Tensor:
+        """int64 [B, E]: the row of each edge; n for padding."""
+        batch, num_edges = self.indices.shape
+        slots = torch.arange(num_edges, dtype=torch.int32, device=self.indptr.device).expand(batch, -1).contiguous()
+        return torch.searchsorted(self.indptr[:, 1:].contiguous(), slots, right=True)
+
+    def to_dense(self) -> Tensor:
+        """float32 [B, m, m]: the weights among the current rows, zero where there is no edge."""
+        n, batch = self.num_tokens, self.indptr.shape[0]
+        cells = self.edge_rows() * n + self.indices.long()
+        dense = self.values.new_zeros(batch, (n + 1) * n + 1)
+        dense.scatter_(1, cells.clamp_(max=(n + 1) * n), self.values)
+        dense = dense[:, : n * n].reshape(batch, n, n)
+        token = self.token.long()
+        rows = dense.gather(1, token.unsqueeze(2).expand(-1, -1, n))
+        return rows.gather(2, token.unsqueeze(1).expand(-1, token.shape[1], -1))
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> TokenGraph:
+        """The graph of the non-zero entries of ``dense`` [B, n, n] (any floating dtype); E is the most of any image.
+
+        Raises:
+            TypeError, ValueError: ``dense`` is not a floating-point tensor [B, n, n].
+        """
+        from gtp_kernels import checks
+
+        checks.floating("dense", dense, 3, "[B, n, n]")
+        checks.shape_is("dense", dense, (dense.shape[0], dense.shape[1], dense.shape[1]), "[B, n, n]")
+        edges = (dense != 0).flatten(1)
+        most = int(edges.sum(1).max()) if dense.numel() else 0
+        return cls._from_edges(edges, dense, most)
+
+    @classmethod
+    def _from_edges(cls, edges: Tensor, dense: Tensor, capacity: int) -> TokenGraph:
+        batch, n = dense.shape[:2]
+        # Edge cells first, in ascending order: a stable sort of "is not an edge".
+        cells = torch.sort((~edges).to(torch.uint8), dim=1, stable=True).indices[:, :capacity]
+        indptr = torch.zeros(batch, n + 1, dtype=torch.int32, device=dense.device)
+        indptr[:, 1:] = edges.reshape(batch, n, n).sum(2).cumsum(1)
+        filled = torch.arange(capacity, device=dense.device) < indptr[:, n:]
+        values = dense.flatten(1).gather(1, cells).float()
+        indices = (cells % n if n else cells).to(torch.int32)
+        token = torch.arange(n, dtype=torch.int32, device=dense.device).repeat(batch, 1)
+        return cls(indptr, indices * filled, torch.where(filled, values, 0.0), token)
+
+
+pytree.register_dataclass(TokenGraph)

@@ -1,0 +1,97 @@
+"""``python -m gtp_kernels.info``: versions, the native library, and per op which backend runs and why the others do not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import gtp_kernels
+from gtp_kernels import backends, native
+
+VARIABLES = {
+    "GTP_KERNELS_BACKEND": "forces a backend: reference, cpu, triton, cuda",
+    "GTP_KERNELS_DEBUG": "1 checks index values on GPUs too (synchronises)",
+    "GTP_KERNELS_ISA": "forces the instruction set of the CPU kernels: baseline, avx2, avx512",
+    "GTP_KERNELS_NATIVE": "0 leaves the native library out",
+}
+
+
+def report() -> dict[str, Any]:
+    """Everything that the command prints, as plain data."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    extension = native.extension()
+    return {
+        "gtp_kernels": gtp_kernels.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "transformers": _version("transformers"),
+        "devices": {d: torch.cuda.get_device_name() if d == "cuda" else torch.get_num_threads() for d in devices},
+        "native": {"missing": native.missing, "build": None if extension is None else extension.build_info()},
+        "ops": {
+            op: {d: {name: backends.refusal(name, op, d) for name in backends.NAMES} for d in devices}
+            for op in backends.OPS
+        },
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "present, version unknown"
+
+
+def text(data: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"gtp-kernels {data['gtp_kernels']}, Python {data['python']}, {data['machine']}"]
+    lines += [f"torch        {data['torch']} (CUDA {data['torch_cuda'] or 'none'})"]
+    lines += [f"{name:<12} {data[name] or 'not installed'}" for name in ("triton", "timm", "transformers")]
+    for device, detail in data["devices"].items():
+        lines.append(f"{device:<12} " + (f"{detail} threads" if device == "cpu" else str(detail)))
+    if data["native"]["missing"]:
+        lines.append(f"native       missing: {data['native']['missing']}")
+    else:
+        build = data["native"]["build"]
+        lines.append("native       loaded")
+        for key, value in (build or {}).items():
+            lines.append(f"  {key}: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+        if build is None:
+            lines.append("  the module _C (build information) was not built")
+    lines.append("")
+    lines.append("op           device  backend    can it run?")
+    for op, by_device in data["ops"].items():
+        for device, answers in by_device.items():
+            for backend, reason in answers.items():
+                lines.append(f"{op:<12} {device:<7} {backend:<10} {reason or 'yes'}")
+    lines.append("")
+    for name, meaning in VARIABLES.items():
+        lines.append(f"{name}={data['environment'][name] or ''}  ({meaning})")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gtp_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    data = report()
+    print(json.dumps(data, indent=2) if parser.parse_args(arguments).json else text(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

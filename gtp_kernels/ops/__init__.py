@@ -1,0 +1,16 @@
+"""Per op: the public function with its checks, the choice of backend, the fake kernel and the autograd."""
+
+from gtp_kernels.ops.attention import attention_with_scores
+from gtp_kernels.ops.graph import build_graph
+from gtp_kernels.ops.propagate import propagate, residual_propagate_norm
+from gtp_kernels.ops.select import select, select_tokens, token_importance
+
+__all__ = [
+    "attention_with_scores",
+    "build_graph",
+    "propagate",
+    "residual_propagate_norm",
+    "select",
+    "select_tokens",
+    "token_importance",
+]

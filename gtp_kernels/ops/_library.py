@@ -1,0 +1,59 @@
+"""Registration of the operators: schemas, and the helpers that the op files share.
+
+With the native library, C++ has defined the operators already and holds their CPU kernels; without it they are
+defined here from the same ``schemas.txt`` and run the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtp_kernels import native
+
+NAMESPACE = "gtp_kernels"
+SCHEMAS = [
+    line
+    for line in Path(__file__).with_name("schemas.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+if native.missing is not None:
+    for _schema in SCHEMAS:
+        _library.define(_schema)
+
+
+def implement(name: str, kernel: Callable[..., Any], *, always: bool = False) -> None:
+    """Registers a Python kernel for every device: where there is no native library, or ``always``."""
+    if always or native.missing is not None:
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the fake (meta) kernel of an operator."""
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
+
+
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """The backward of an operator."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The empty tensor [0] that stands for a result that does not apply."""
+    return like.new_empty(0, dtype=dtype)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as SDPA takes them; else as they are."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if all(isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 for t in tensors):
+            return tuple(t.to(dtype) for t in tensors)
+    return tensors
