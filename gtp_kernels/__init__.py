@@ -1,7 +1,7 @@
 """gtp_kernels: fused kernels for graph-based token propagation (GTP) in Vision Transformers.
 
-Shapes: B images, H heads, N tokens (prefix tokens first), d head size, C = H·d channels, R prefix tokens, n = N − R image
-tokens, P propagated tokens, M semantic neighbours. ``gtp_kernels.reference`` holds the definitions.
+Shapes: B images, H heads, N tokens (prefix tokens first), d head size, C = H·d channels, R prefix tokens,
+n = N − R image tokens, P propagated tokens, M semantic neighbours. ``gtp_kernels.reference`` holds the definitions.
 """
 
 from importlib import metadata

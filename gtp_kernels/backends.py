@@ -122,7 +122,7 @@ def choose(op: str, tensor: Tensor) -> str:
     return _choose(_guard, op, tensor.device.type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@torch.compiler.assume_constant_result
 def _choose(guard: str | None, op: str, device_type: str) -> str:
     backend = forced()
     if backend is not None:

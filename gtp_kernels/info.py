@@ -1,4 +1,4 @@
-"""``python -m gtp_kernels.info``: versions, the native library, and per op which backend runs and why the others do not."""
+"""``python -m gtp_kernels.info``: versions, the native library, and which backend can run each op, or why not."""
 
 from __future__ import annotations
 

@@ -47,4 +47,4 @@ def extension() -> ModuleType | None:
         from gtp_kernels import _C
     except ImportError:
         return None
-    return _C  # type: ignore[no-any-return]  # a native module
+    return _C

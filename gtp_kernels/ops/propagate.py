@@ -12,9 +12,11 @@ from gtp_kernels.graph import TokenGraph
 from gtp_kernels.ops import _library
 from gtp_kernels.reference.attention import compute_dtype
 from gtp_kernels.reference.propagate import (
+    check_index_values,
     check_propagate,
     check_residual,
     dense_transpose,
+    graph_of,
     norm_backward,
     propagate_backward,
 )
@@ -32,14 +34,14 @@ def propagate(
     *,
     num_prefix: int | None = None,
 ) -> tuple[Tensor, Tensor | TokenGraph | None, Tensor | None]:
-    """Removes the propagated tokens and hands their features to their kept neighbours; a drop-in for the authors' function.
+    """Hands the features of the tokens that leave to their kept neighbours; a drop-in for the authors' function.
 
         x_i += α Σ_j Â_ij x_j  over the propagated j       (Equation 10)
         s_i += α Σ_j Â_ij s_j                              (Equation 12)
 
     Args:
         x: [B, N, C], any floating dtype, prefix tokens first.
-        weight: Â of the current image tokens: dense [B, n, n] or a TokenGraph (``GraphProp`` only; else handed through).
+        weight: Â of the current image tokens, dense [B, n, n] or a TokenGraph; only ``GraphProp`` reads it.
         index_kept, index_prop: int64 [B, n - P] and [B, P], indices into x (prefix counted), dividing the image tokens.
         standard: ``GraphProp``; ``None`` drops; ``Mean`` appends the mean of the propagated tokens, with the sum of
             their scales (P = 0 appends nothing).
@@ -65,17 +67,24 @@ def propagate(
             weight = weight.detach()
         scales = None if token_scales is None else token_scales.detach()
         return reference.propagate(x, weight, index_kept, index_prop, standard, alpha, scales, num_prefix=prefix)
+    if x.device.type != "cpu":
+        check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
     scales = _wide_scales(token_scales)
     ops = torch.ops.gtp_kernels
-    if standard == "GraphProp" and isinstance(weight, Tensor):
-        out, weight, scales_out = ops.propagate_dense(x, weight.detach(), index_kept, index_prop, scales, alpha, prefix)
-    else:
-        parts = _graph_parts(weight, standard)
-        out, token, scales_out = ops.propagate(
-            x, *parts, index_kept, index_prop, scales, standard, alpha, prefix
-        )
-        if standard == "GraphProp" and isinstance(weight, TokenGraph):
-            weight = weight.with_token(token)
+    try:
+        if standard == "GraphProp" and isinstance(weight, Tensor):
+            out, weight, scales_out = ops.propagate_dense(
+                x, weight.detach(), index_kept, index_prop, scales, alpha, prefix
+            )
+        else:
+            parts = _graph_parts(weight, standard)
+            out, token, scales_out = ops.propagate(x, *parts, index_kept, index_prop, scales, standard, alpha, prefix)
+            if standard == "GraphProp" and isinstance(weight, TokenGraph):
+                weight = weight.with_token(token)
+    except RuntimeError:
+        # The CPU kernels check index values themselves; their error is told again in the words of this function.
+        check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
+        raise
     return out, weight, None if token_scales is None else scales_out.to(token_scales.dtype)
 
 
@@ -128,10 +137,16 @@ def residual_propagate_norm(
             norm_bias=norm_bias, norm_eps=eps, norm=norm, standard=standard, alpha=alpha,
             token_scales=None if token_scales is None else token_scales.detach(), num_prefix=prefix,
         )  # fmt: skip
-    out, normed, token, scales_out = torch.ops.gtp_kernels.residual_propagate_norm(
-        x, branch, layer_scale, *_graph_parts(graph, standard), index_kept, index_prop, _wide_scales(token_scales),
-        norm_weight, norm_bias, eps, norm, standard, alpha, prefix,
-    )  # fmt: skip
+    if x.device.type != "cpu":
+        check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
+    try:
+        out, normed, token, scales_out = torch.ops.gtp_kernels.residual_propagate_norm(
+            x, branch, layer_scale, *_graph_parts(graph, standard), index_kept, index_prop, _wide_scales(token_scales),
+            norm_weight, norm_bias, eps, norm, standard, alpha, prefix,
+        )  # fmt: skip
+    except RuntimeError:
+        check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
+        raise
     if standard == "GraphProp" and graph is not None:
         graph = graph.with_token(token)
     scales = None if token_scales is None else scales_out.to(token_scales.dtype)
@@ -266,7 +281,22 @@ def _dense_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, 
 
 
 def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (x, branch, layer_scale, *graph, index_kept, index_prop, _, norm_weight, norm_bias, eps, norm, standard, alpha, prefix) = inputs
+    (
+        x,
+        branch,
+        layer_scale,
+        *graph,
+        index_kept,
+        index_prop,
+        _,
+        norm_weight,
+        norm_bias,
+        eps,
+        norm,
+        standard,
+        alpha,
+        prefix,
+    ) = inputs
     ctx.save_for_backward(branch, layer_scale, *graph, index_kept, index_prop, norm_weight, norm_bias, output[0])
     ctx.options, ctx.eps, ctx.norm, ctx.x_dtype = (standard, alpha, prefix), eps, norm, x.dtype
     ctx.mark_non_differentiable(*output[2:])
@@ -306,7 +336,7 @@ def _propagate_kernel(
     alpha: float,
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    graph = _graph_of(indptr, indices, values, token)
+    graph = graph_of(indptr, indices, values, token)
     out, graph_out, scales = reference.propagate(
         x, graph, index_kept, index_prop, standard, alpha, token_scales, num_prefix=num_prefix
     )
@@ -349,20 +379,12 @@ def _residual_kernel(
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, normed, graph, scales = reference.residual_propagate_norm(
-        x, branch, _graph_of(indptr, indices, values, token), index_kept, index_prop, layer_scale=layer_scale,
+        x, branch, graph_of(indptr, indices, values, token), index_kept, index_prop, layer_scale=layer_scale,
         norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm=norm, standard=standard, alpha=alpha,
         token_scales=token_scales, num_prefix=num_prefix,
     )  # fmt: skip
     normed = _library.absent(x, out.dtype) if normed is None else normed
     return out, normed, *_rest(x, graph, scales, standard)
-
-
-def _graph_of(
-    indptr: Tensor | None, indices: Tensor | None, values: Tensor | None, token: Tensor | None
-) -> TokenGraph | None:
-    if indptr is None or indices is None or values is None or token is None:
-        return None
-    return TokenGraph(indptr, indices, values, token)
 
 
 def _rest(x: Tensor, graph: object, scales: Tensor | None, standard: str) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ def token_importance(
     """Importance of every image token (Section 3.2.1).
 
     With ⊕ the maximum or mean over heads, each taken on its own: Γ = ⊕ diag, Ψ = ⊕ colsum; ``MixedAttn*`` is Γ·Ψ,
-    ``SumAttnMax`` Γ + Ψ, ``DiagAttn*`` Γ, ``IMGAttn*`` Ψ, ``CLSAttn*`` ⊕ cls_row. Under ``paper`` the diagonal is subtracted
-    from the column sums, once.
+    ``SumAttnMax`` Γ + Ψ, ``DiagAttn*`` Γ, ``IMGAttn*`` Ψ, ``CLSAttn*`` ⊕ cls_row. Under ``paper`` the diagonal is
+    subtracted from the column sums, once.
 
     Args:
         scores: AttentionScores of [B, H, N], float32 or float64.
@@ -42,7 +42,7 @@ def token_importance(
     num_prefix = check_importance(scores, standard, num_prefix, semantics)
     if backends.choose("select", scores.diag) == "reference":
         return reference.token_importance(scores, standard, num_prefix, semantics)
-    return torch.ops.gtp_kernels.token_importance(*(s.detach() for s in scores), standard, num_prefix, semantics)  # type: ignore[no-any-return]
+    return torch.ops.gtp_kernels.token_importance(*(s.detach() for s in scores), standard, num_prefix, semantics)
 
 
 def select_tokens(
@@ -66,7 +66,7 @@ def select_tokens(
     if backends.choose("select", importance) == "reference":
         return reference.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
     wide = importance.detach().to(compute_dtype(importance.dtype))
-    return torch.ops.gtp_kernels.select_tokens(wide, num_prop, num_prefix, order)  # type: ignore[no-any-return]
+    return torch.ops.gtp_kernels.select_tokens(wide, num_prop, num_prefix, order)
 
 
 def select(

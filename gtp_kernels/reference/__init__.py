@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: the oracle that tests and benchmarks import, and the backend ``reference``."""
+"""The definition of every op in plain PyTorch: the oracle of tests and benchmarks, and the backend ``reference``."""
 
 from gtp_kernels.reference.attention import AttentionScores, attention_map, attention_with_scores, scores_of_map
 from gtp_kernels.reference.graph import build_graph

@@ -1,8 +1,8 @@
 """Attention that also returns the importance scores of its map: the definition, in plain PyTorch.
 
-    S = q kᵀ · scale + log(token_scales)          (Equation 11)
-    A = softmax(S, keys), then A_ij = 0 where A_ij < T   (Section 3.2.4)
-    out = A v,  diag_j = A_jj,  colsum_j = Σ_i A_ij,  cls_row_j = A_0j
+S = q kᵀ · scale + log(token_scales)          (Equation 11)
+A = softmax(S, keys), then A_ij = 0 where A_ij < T   (Section 3.2.4)
+out = A v,  diag_j = A_jj,  colsum_j = Σ_i A_ij,  cls_row_j = A_0j
 """
 
 from __future__ import annotations

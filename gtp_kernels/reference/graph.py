@@ -1,7 +1,7 @@
 """The graph of the image tokens: the definition, in plain PyTorch (Section 3.2.2).
 
-    spatial: the 8 neighbours on the grid (Equation 5); semantic: the M largest cosine similarities of a row
-    (Equations 6, 7); mixed: their union (Equation 8); weights Â_ij = A_ij / sqrt(deg_i · deg_j) (Equation 9)
+spatial: the 8 neighbours on the grid (Equation 5); semantic: the M largest cosine similarities of a row
+(Equations 6, 7); mixed: their union (Equation 8); weights Â_ij = A_ij / sqrt(deg_i · deg_j) (Equation 9)
 """
 
 from __future__ import annotations

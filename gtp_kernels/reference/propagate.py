@@ -1,6 +1,6 @@
 """Token propagation: the definition, in plain PyTorch (Section 3.2.3).
 
-    X^s = X^k + α Â^p X^p   (Equation 10),   s^s = s^k + α Â^p s^p   (Equation 12)
+X^s = X^k + α Â^p X^p   (Equation 10),   s^s = s^k + α Â^p s^p   (Equation 12)
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def propagate(
     num_prefix: int | None = None,
 ) -> tuple[Tensor, Tensor | TokenGraph | None, Tensor | None]:
     """The definition of :func:`gtp_kernels.propagate`: a TokenGraph is propagated through its dense form."""
-    alpha, prefix = check_propagate(x, weight, index_kept, index_prop, standard, alpha, token_scales, cls_token, num_prefix)
+    alpha, prefix = check_propagate(
+        x, weight, index_kept, index_prop, standard, alpha, token_scales, cls_token, num_prefix
+    )
+    check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
     return _propagate(x, weight, index_kept, index_prop, standard, alpha, token_scales, prefix, x.dtype)
 
 
@@ -101,9 +104,20 @@ def check_propagate(
             checks.same_device(x=x, weight=weight)
         else:
             raise TypeError(
-                f"weight must be a TokenGraph or a tensor [B, n, n] where standard is 'GraphProp'; got {type(weight).__name__}"
+                "weight must be a TokenGraph or a tensor [B, n, n] where standard is 'GraphProp'; "
+                f"got {type(weight).__name__}"
             )
     return alpha, prefix
+
+
+def check_index_values(
+    weight: Tensor | TokenGraph | None, index_kept: Tensor, index_prop: Tensor, prefix: int, num_tokens: int
+) -> None:
+    """Checks the values of the indices; the native kernels do so themselves, and tell less."""
+    checks.index_range("index_kept", index_kept, prefix, num_tokens)
+    checks.index_range("index_prop", index_prop, prefix, num_tokens)
+    if isinstance(weight, TokenGraph):
+        checks.index_range("weight.token", weight.token, 0, weight.num_tokens)
 
 
 def residual_propagate_norm(
@@ -128,6 +142,7 @@ def residual_propagate_norm(
         x, branch, graph, index_kept, index_prop, layer_scale, norm_weight, norm_bias, norm_eps, norm, standard, alpha,
         token_scales, num_prefix,
     )  # fmt: skip
+    check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
     out_dtype = torch.promote_types(x.dtype, branch.dtype)
     dtype = compute_dtype(out_dtype)
     step = branch.to(dtype) if layer_scale is None else branch.to(dtype) * layer_scale.to(dtype)
@@ -184,6 +199,15 @@ def check_residual(
     return alpha, prefix, checks.number("norm_eps", norm_eps)
 
 
+def graph_of(
+    indptr: Tensor | None, indices: Tensor | None, values: Tensor | None, token: Tensor | None
+) -> TokenGraph | None:
+    """The TokenGraph of an operator's four graph arguments, None where they are."""
+    if indptr is None or indices is None or values is None or token is None:
+        return None
+    return TokenGraph(indptr, indices, values, token)
+
+
 def propagate_backward(
     grad: Tensor,
     indptr: Tensor | None,
@@ -198,8 +222,9 @@ def propagate_backward(
 ) -> Tensor:
     """Gradient of x [B, N, C] from that of the propagated x [B, rows, C]: the transpose of the linear map."""
     if standard == "GraphProp":
-        assert indptr is not None and indices is not None and values is not None and token is not None
-        dense = TokenGraph(indptr, indices, values, token).to_dense()
+        graph = graph_of(indptr, indices, values, token)
+        assert graph is not None
+        dense = graph.to_dense()
         return dense_transpose(grad, dense, index_kept, index_prop, alpha, num_prefix)
     num_kept, num_prop = index_kept.shape[1], index_prop.shape[1]
     grad_x = grad.new_zeros(grad.shape[0], num_prefix + num_kept + num_prop, grad.shape[2])
@@ -233,7 +258,7 @@ def _columns(index: Tensor, grad: Tensor) -> Tensor:
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the norm's input [B, N, C], weight [C] and bias [C] (None where absent); x and grad in the wide type."""
+    """Gradients of the norm's input [B, N, C], weight [C], bias [C] (None where absent); all in the wide type."""
     centred = x - x.mean(-1, keepdim=True) if norm == "layer" else x
     inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     unit = centred * inverse

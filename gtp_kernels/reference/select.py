@@ -1,6 +1,6 @@
 """Importance of the image tokens and the choice of those that leave: the definition, in plain PyTorch (Section 3.2.1).
 
-    Γ_j = ⊕_heads diag_j,  Ψ_j = ⊕_heads colsum_j,  importance: Γ·Ψ (Mixed), Γ+Ψ (Sum), Γ (Diag), Ψ (IMG), CLS row
+Γ_j = ⊕_heads diag_j,  Ψ_j = ⊕_heads colsum_j,  importance: Γ·Ψ (Mixed), Γ+Ψ (Sum), Γ (Diag), Ψ (IMG), CLS row
 """
 
 from __future__ import annotations

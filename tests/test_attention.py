@@ -1,0 +1,279 @@
+"""attention_with_scores on every backend against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import close
+from torch import Tensor
+
+import gtp_kernels
+from gtp_kernels import reference
+from gtp_kernels.reference.attention import threshold_rank
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    scales = 0.5 + 2 * torch.rand(shape[0], shape[2], generator=generator)
+    return q, k, v, scales
+
+
+def check_against_definition(
+    q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, sparsity: float, semantics: str, scale: float | None = None
+) -> None:
+    """Compares with the definition in float64; an entry within rounding of the threshold may fall on either side."""
+    out, scores = gtp_kernels.attention_with_scores(
+        q, k, v, scales, sparsity=sparsity, semantics=semantics, scale=scale
+    )
+    wide = [t.double() for t in (q, k, v)]
+    full = reference.attention_map(*wide[:2], scales, scale=scale)
+    attn = reference.attention_map(*wide[:2], scales, sparsity=sparsity, semantics=semantics, scale=scale)
+    unsure = torch.zeros_like(full)
+    if sparsity < 1:
+        smallest = torch.where(attn > 0, attn, math.inf).flatten(2).amin(-1)[..., None, None]
+        margin = 1e-13 if q.dtype == torch.float64 else 4e-6
+        unsure = torch.where((full - smallest).abs() <= margin * smallest, full, 0.0)
+    close(out, (attn @ wide[2]).to(q.dtype), unsure @ wide[2].abs())
+    score_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    expected = reference.scores_of_map(attn)
+    slack = reference.scores_of_map(unsure)
+    for name in ("diag", "colsum", "cls_row"):
+        close(getattr(scores, name), getattr(expected, name).to(score_dtype), getattr(slack, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", [1.0, 0.6])
+@pytest.mark.parametrize("semantics", ["official", "paper"])
+def test_matches_definition(backend: str, dtype: torch.dtype, sparsity: float, semantics: str) -> None:
+    q, k, v, scales = inputs((2, 3, 63, 32), dtype)
+    check_against_definition(q, k, v, scales, sparsity, semantics)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 63, 197, 257, 333])
+@pytest.mark.parametrize("size", [64, 24])
+def test_odd_sizes(backend: str, num_tokens: int, size: int) -> None:
+    q, k, v, scales = inputs((1, 2, num_tokens, size), seed=num_tokens)
+    check_against_definition(q, k, v, scales, 0.6, "official")
+    check_against_definition(q, k, v, None, 1.0, "paper")
+
+
+@pytest.mark.parametrize("size", [1, 7, 80, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes(backend: str, size: int, dtype: torch.dtype) -> None:
+    q, k, v, scales = inputs((2, 2, 37, size), dtype, seed=size)
+    check_against_definition(q, k, v, scales, 0.5, "paper", scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_views_and_layout(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, 21, 3, 4, 16, generator=generator).to(dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    check_against_definition(q, k, v, None, 0.7, "official")
+    out, _ = gtp_kernels.attention_with_scores(q, k, v)
+    rows = out.transpose(1, 2).reshape(2, 21, 64)
+    assert rows.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    # A last stride other than one, an offset, a broadcast head.
+    odd = torch.randn(2, 2, 16, 23, generator=generator).to(dtype)[..., 1:].transpose(2, 3)
+    check_against_definition(odd, odd.flip(1), odd[:, :1].expand_as(odd), None, 0.7, "official")
+
+
+@pytest.mark.parametrize("num_tokens", [7, 33, 64])
+@pytest.mark.parametrize("semantics", ["official", "paper"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.25, 0.6, 0.999, 1.0])
+def test_kept_count_is_exact(backend: str, num_tokens: int, semantics: str, sparsity: float) -> None:
+    # With the identity as v, out is the thresholded map itself.
+    q, k, _, scales = inputs((2, 3, num_tokens, num_tokens), seed=3)
+    v = torch.eye(num_tokens).expand(2, 3, -1, -1)
+    out, _ = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=sparsity, semantics=semantics)
+    rank = threshold_rank(num_tokens, sparsity, semantics)
+    expected = num_tokens**2 - max(rank - 1, 0)
+    if semantics == "paper":
+        assert expected == math.ceil(sparsity * num_tokens * num_tokens)
+    assert torch.equal((out > 0).sum((-1, -2)), torch.full((2, 3), expected))
+
+
+def test_ties_at_the_threshold_all_stay(backend: str) -> None:
+    # Logits 0 and log 3, as many of each in every row: the values are 1/(2N) and 3/(2N), each tied exactly.
+    num_tokens = 32
+    k = torch.zeros(1, 1, num_tokens, num_tokens)
+    k[:, :, ::2, 0] = math.log(3.0)
+    q = torch.ones(1, 1, num_tokens, num_tokens)
+    v = torch.eye(num_tokens)[None, None]
+    for sparsity, kept in ((0.4, 0.5), (0.5, 0.5), (0.6, 1.0)):
+        out, _ = gtp_kernels.attention_with_scores(q, k, v, scale=1.0, sparsity=sparsity, semantics="paper")
+        assert int((out > 0).sum()) == int(kept * num_tokens**2), sparsity
+
+
+def test_all_equal_map_stays_whole(backend: str) -> None:
+    q = torch.zeros(1, 2, 50, 8)
+    v = torch.ones(1, 2, 50, 8)
+    out, scores = gtp_kernels.attention_with_scores(q, q, v, sparsity=0.01)
+    close(out, v)
+    close(scores.colsum, torch.ones(1, 2, 50))
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 0.5])
+def test_nan_and_infinity_stay_where_the_definition_puts_them(backend: str, sparsity: float) -> None:
+    q, k, v, _ = inputs((1, 2, 20, 16))
+    q[0, 0, 3, 2] = math.nan
+    k[0, 1, 5, 1] = math.inf
+    out, scores = gtp_kernels.attention_with_scores(q, k, v, sparsity=sparsity)
+    expected, expected_scores = reference.attention_with_scores(q, k, v, sparsity=sparsity)
+    assert torch.equal(out.isnan(), expected.isnan())
+    for ours, theirs in zip(scores, expected_scores, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+    assert not out[0, 0, 0].isnan().any()
+
+
+def test_extreme_logits(backend: str) -> None:
+    q, k, v, _ = inputs((1, 1, 40, 8))
+    check_against_definition(q * 100, k, v, None, 1.0, "official")
+    scales = torch.ones(1, 40)
+    scales[0, 7] = 0.0
+    out, scores = gtp_kernels.attention_with_scores(q, k, v, scales)
+    assert float(scores.colsum[0, 0, 7]) == 0.0
+    assert torch.isfinite(out).all()
+
+
+def test_half_scales_are_taken(backend: str) -> None:
+    q, k, v, scales = inputs((1, 2, 19, 8), torch.bfloat16)
+    half = scales.to(torch.bfloat16)
+    ours, _ = gtp_kernels.attention_with_scores(q, k, v, half)
+    theirs, _ = reference.attention_with_scores(q, k, v, half.float())
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 9, 4), (2, 0, 9, 4)])
+def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
+    q = torch.zeros(shape)
+    out, scores = gtp_kernels.attention_with_scores(q, q, q, sparsity=0.6)
+    assert out.shape == shape
+    assert scores.diag.shape == shape[:3]
+
+
+def test_results_do_not_depend_on_threads(cpu_backend: str) -> None:
+    q, k, v, scales = inputs((3, 5, 97, 32))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            out, scores = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=0.6)
+            results.append(torch.cat([out.flatten(), *(s.flatten() for s in scores)]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@given(
+    num_tokens=st.integers(1, 40),
+    sparsity=st.floats(0.01, 1.0),
+    semantics=st.sampled_from(["official", "paper"]),
+    seed=st.integers(0, 1000),
+)
+def test_properties(num_tokens: int, sparsity: float, semantics: str, seed: int) -> None:
+    q, k, v, scales = inputs((1, 2, num_tokens, 8), seed=seed)
+    with gtp_kernels.use_backend("cpu"):
+        check_against_definition(q, k, v, scales, sparsity, semantics)
+        _, scores = gtp_kernels.attention_with_scores(q, k, v, scales)
+    close(scores.colsum.sum(-1), torch.full((1, 2), float(num_tokens)))
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 0.6])
+def test_gradcheck(backend: str, sparsity: float) -> None:
+    q, k, v, scales = inputs((2, 2, 9, 4), torch.float64, seed=11)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+    def out_only(*tensors: Tensor) -> Tensor:
+        return gtp_kernels.attention_with_scores(*tensors, scales, sparsity=sparsity)[0]
+
+    assert torch.autograd.gradcheck(out_only, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_matches_the_definition(cpu_backend: str, dtype: torch.dtype) -> None:
+    grads = []
+    for name in ("cpu", "reference"):
+        q, k, v, scales = inputs((2, 3, 33, 16), dtype)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        with gtp_kernels.use_backend(name):
+            out, scores = gtp_kernels.attention_with_scores(*leaves, scales, sparsity=0.6)
+        assert not scores.colsum.requires_grad
+        out.square().sum().backward()
+        grads.append([t.grad for t in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    q, k, v, scales = inputs((2, 2, 11, 8), dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = ([t.requires_grad_() for t in (q, k, v)], scales.to(wide))
+    torch.library.opcheck(
+        torch.ops.gtp_kernels.attention_with_scores, (*arguments[0], arguments[1], 0.6, 0.3, "official")
+    )
+
+
+def test_compile_fullgraph_with_a_changing_batch(backend: str) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        out, scores = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=0.6)
+        return out.transpose(1, 2).flatten(2), scores.diag * scores.colsum
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=None, backend="aot_eager")
+    for batch in (2, 3, 5):
+        arguments = inputs((batch, 2, 17, 8), seed=batch)
+        for ours, eager in zip(compiled(*arguments), step(*arguments), strict=True):
+            close(ours, eager)
+
+
+def test_autocast_casts_as_sdpa_does(backend: str) -> None:
+    q, k, v, scales = inputs((1, 2, 9, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = gtp_kernels.attention_with_scores(q, k.bfloat16(), v, scales)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.no_op_runs
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": None}, TypeError, "q must be a tensor"),
+        ({"q": torch.zeros(2, 9, 4)}, ValueError, "q must be 4-dimensional"),
+        ({"q": torch.zeros(1, 2, 9, 4, dtype=torch.int32)}, TypeError, "q must be float32"),
+        ({"k": torch.zeros(1, 2, 8, 4)}, ValueError, "k must have shape"),
+        ({"v": torch.zeros(1, 2, 9, 4, dtype=torch.float64)}, TypeError, "v must have the dtype of q"),
+        ({"v": torch.zeros(1, 2, 9, 4, device="meta")}, ValueError, "v must be on the device of q"),
+        ({"token_scales": torch.ones(1, 8)}, ValueError, "token_scales must have shape"),
+        ({"token_scales": torch.ones(1, 9, dtype=torch.int64)}, TypeError, "token_scales must be float32"),
+        ({"sparsity": 0.0}, ValueError, "sparsity must be in"),
+        ({"sparsity": 1.5}, ValueError, "sparsity must be in"),
+        ({"sparsity": math.nan}, ValueError, "sparsity must be in"),
+        ({"sparsity": "high"}, TypeError, "sparsity must be a number"),
+        ({"scale": math.inf}, ValueError, "scale must be finite"),
+        ({"semantics": "theirs"}, ValueError, "semantics must be one of official, paper"),
+        ({"semantics": 3}, TypeError, "semantics must be a string"),
+    ],
+)
+def test_bad_input(backend: str, change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {name: torch.zeros(1, 2, 9, 4) for name in ("q", "k", "v")}
+    with pytest.raises(error, match=message):
+        gtp_kernels.attention_with_scores(**(arguments | change))
+    with pytest.raises(error, match=message):
+        reference.attention_with_scores(**(arguments | change))
+
+
+@pytest.mark.no_op_runs
+def test_no_tokens_is_an_error(backend: str) -> None:
+    q = torch.zeros(1, 2, 0, 4)
+    with pytest.raises(ValueError, match="at least one token"):
+        gtp_kernels.attention_with_scores(q, q, q)

@@ -1,0 +1,409 @@
+"""propagate and residual_propagate_norm on every backend against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import close
+from torch import Tensor
+
+import gtp_kernels
+from gtp_kernels import TokenGraph, checks, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+GRIDS = {9: (3, 3), 16: (4, 4), 35: (5, 7), 196: (14, 14)}
+
+
+def case(
+    n: int = 35, num_prop: int = 8, num_prefix: int = 1, batch: int = 2, channels: int = 24, seed: int = 0
+) -> tuple[Tensor, TokenGraph, Tensor, Tensor, Tensor]:
+    """x [B,R+n,C] float64, its Mixed graph, kept, prop in an arbitrary order, scales float32."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, num_prefix + n, channels, generator=generator, dtype=torch.float64)
+    graph = reference.build_graph(x.float(), GRIDS[n], "Mixed", min(5, n - 1), num_prefix)
+    order = torch.rand(batch, n, generator=generator).argsort(1) + num_prefix
+    scales = 0.5 + torch.rand(batch, num_prefix + n, generator=generator)
+    return x, graph, order[:, : n - num_prop].contiguous(), order[:, n - num_prop :].contiguous(), scales
+
+
+def check_step(
+    x: Tensor,
+    weight: Tensor | TokenGraph,
+    kept: Tensor,
+    prop: Tensor,
+    standard: str,
+    alpha: float,
+    scales: Tensor | None,
+    num_prefix: int,
+) -> tuple[Tensor, Tensor | TokenGraph, Tensor | None]:
+    ours = gtp_kernels.propagate(x, weight, kept, prop, standard, alpha, scales, num_prefix=num_prefix)
+    wide = weight if isinstance(weight, TokenGraph) else weight.double()
+    theirs = reference.propagate(x.double(), wide, kept, prop, standard, alpha, scales, num_prefix=num_prefix)
+    close(ours[0], theirs[0].to(x.dtype))
+    if isinstance(weight, TokenGraph):
+        assert isinstance(ours[1], TokenGraph)
+        assert torch.equal(ours[1].token, theirs[1].token)
+    else:
+        close(ours[1], theirs[1].to(weight.dtype))
+    if scales is None:
+        assert ours[2] is None
+    else:
+        close(ours[2], theirs[2].to(scales.dtype))
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_matches_definition(backend: str, dtype: torch.dtype, standard: str, dense: bool) -> None:
+    for num_prefix in (0, 1, 5):
+        x, graph, kept, prop, scales = case(num_prefix=num_prefix)
+        weight = graph.to_dense() if dense else graph
+        check_step(x.to(dtype), weight, kept, prop, standard, 0.2, scales, num_prefix)
+        check_step(x.to(dtype), weight, kept, prop, standard, 0.2, None, num_prefix)
+
+
+@pytest.mark.parametrize("num_prop", [0, 1, 34])
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+def test_numbers_of_propagated_tokens(backend: str, num_prop: int, standard: str) -> None:
+    x, graph, kept, prop, scales = case(num_prop=num_prop)
+    out, _, scales_out = check_step(x.float(), graph, kept, prop, standard, 0.5, scales, 1)
+    assert out.shape[1] == 36 - num_prop + (standard == "Mean" and num_prop > 0)
+    if num_prop == 0:
+        close(out[:, 1:], x.float().gather(1, kept.unsqueeze(-1).expand(-1, -1, 24)))
+    if standard == "Mean":
+        assert scales_out is not None
+        close(scales_out.sum(1), scales.sum(1))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 384, 1024])
+def test_channels(backend: str, channels: int) -> None:
+    x, graph, kept, prop, scales = case(n=196, num_prop=14, channels=channels)
+    check_step(x.float(), graph, kept, prop, "GraphProp", 0.1, scales, 1)
+
+
+def test_the_law_of_the_graph_over_layers(backend: str) -> None:
+    """propagate(x, G)[1].to_dense() == propagate(x, G.to_dense())[1], layer after layer."""
+    x, graph, _, _, scales = case(n=196, num_prop=0, channels=8)
+    sparse, dense, x_sparse, x_dense = graph, graph.to_dense(), x.float(), x.float()
+    scales_dense = scales
+    for layer in range(5):
+        n = x_sparse.shape[1] - 1
+        importance = torch.rand(2, n, generator=torch.Generator().manual_seed(layer))
+        kept, prop = gtp_kernels.select_tokens(importance, 13, order=checks.ORDERS[layer % 2])
+        x_sparse, sparse, scales = gtp_kernels.propagate(x_sparse, sparse, kept, prop, "GraphProp", 0.3, scales)
+        x_dense, dense, scales_dense = gtp_kernels.propagate(x_dense, dense, kept, prop, "GraphProp", 0.3, scales_dense)
+        assert torch.equal(sparse.to_dense(), dense)
+        close(x_sparse, x_dense)
+        close(scales, scales_dense)
+    assert sparse.indices is graph.indices
+
+
+def test_propagation_is_the_authors_function_by_position(backend: str) -> None:
+    # propagate(x, weight, index_kept, index_prop, standard, alpha, token_scales, cls_token) with their arithmetic.
+    x, graph, kept, prop, scales = case(n=16, num_prop=4)
+    x, weight = x.float(), graph.to_dense()
+    out, weight_out, scales_out = gtp_kernels.propagate(x, weight, kept, prop, "GraphProp", 0.1, scales, True)
+    batch = torch.arange(2)[:, None]
+    to_kept = weight[batch[..., None], kept[:, :, None] - 1, prop[:, None] - 1]
+    close(out, torch.cat((x[:, :1], x[batch, kept] + 0.1 * (to_kept @ x[batch, prop])), 1))
+    close(weight_out, weight[batch[..., None], kept[:, :, None] - 1, kept[:, None] - 1])
+    moved = (to_kept @ scales[batch, prop].unsqueeze(-1)).squeeze(-1)
+    close(scales_out, torch.cat((scales[:, :1], scales[batch, kept] + 0.1 * moved), 1))
+    dropped = gtp_kernels.propagate(x[:, 1:], None, kept - 1, prop - 1, "None", 0.1, None, False)
+    close(dropped[0], x[batch, kept])
+    assert dropped[1:] == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scales_come_back_in_their_dtype(backend: str, dtype: torch.dtype) -> None:
+    x, graph, kept, prop, scales = case()
+    for weight in (graph, graph.to_dense()):
+        check_step(x.float(), weight, kept, prop, "GraphProp", 0.2, scales.to(dtype), 1)
+
+
+def test_strided_input(backend: str) -> None:
+    x, graph, kept, prop, scales = case()
+    base = torch.full((2, 40, 50), math.nan)
+    view = base[:, 2:38, 1:25]
+    view.copy_(x)
+    check_step(view, graph, kept, prop, "GraphProp", 0.2, scales, 1)
+    transposed = x.float().transpose(1, 2).contiguous().transpose(1, 2)
+    check_step(transposed, graph, kept, prop, "GraphProp", 0.2, scales, 1)
+    every_second = x.float().repeat_interleave(2, 2)[:, :, ::2]
+    check_step(every_second, graph, kept.t().contiguous().t(), prop, "Mean", 0.2, None, 1)
+    wide = graph.to_dense().repeat_interleave(2, 2)[:, :, ::2]
+    check_step(x.float(), wide, kept, prop, "GraphProp", 0.2, scales, 1)
+
+
+def test_no_nan_comes_out_of_none(backend: str) -> None:
+    # A NaN in one propagated token reaches its neighbours, and no other row.
+    x, graph, kept, prop, _ = case()
+    x = x.float()
+    x[0, int(prop[0, 0])] = math.nan
+    out, _, _ = gtp_kernels.propagate(x, graph, kept, prop, "GraphProp", 0.2)
+    theirs, _, _ = reference.propagate(x.nan_to_num(0.0), graph, kept, prop, "GraphProp", 0.2)
+    touched = graph.to_dense()[0][kept[0] - 1, int(prop[0, 0]) - 1] != 0
+    if backend != "reference":  # the dense product of the definition multiplies NaN by zero
+        assert torch.equal(out[0, 1:].isnan().any(1), touched)
+    close(out[1], theirs[1])
+
+
+@given(
+    n=st.sampled_from([9, 16, 35]),
+    share=st.floats(0, 1),
+    num_prefix=st.integers(0, 3),
+    standard=st.sampled_from(checks.PROPAGATIONS),
+    seed=st.integers(0, 99),
+)
+def test_properties(n: int, share: float, num_prefix: int, standard: str, seed: int) -> None:
+    num_prop = int(share * (n - 1))
+    x, graph, kept, prop, scales = case(n, num_prop, num_prefix, seed=seed)
+    with gtp_kernels.use_backend("cpu"):
+        check_step(x.float(), graph, kept, prop, standard, 0.3, scales, num_prefix)
+
+
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradcheck(backend: str, standard: str, dense: bool) -> None:
+    x, graph, kept, prop, scales = case(n=9, num_prop=3, num_prefix=2, channels=3)
+    weight = graph.to_dense() if dense else graph
+
+    def out_only(x: Tensor) -> Tensor:
+        return gtp_kernels.propagate(x, weight, kept, prop, standard, 0.3, scales, num_prefix=2)[0]
+
+    assert torch.autograd.gradcheck(out_only, [x.requires_grad_()])
+
+
+def test_only_x_gets_a_gradient(backend: str) -> None:
+    x, graph, kept, prop, scales = case()
+    weight = graph.to_dense().requires_grad_()
+    scales.requires_grad_()
+    out, weight_out, scales_out = gtp_kernels.propagate(
+        x.requires_grad_(), weight, kept, prop, "GraphProp", 0.1, scales
+    )
+    assert out.requires_grad
+    assert not weight_out.requires_grad
+    assert not scales_out.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", checks.NORMS)
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+def test_residual_step_matches_definition(backend: str, dtype: torch.dtype, norm: str, standard: str) -> None:
+    x, graph, kept, prop, scales = case()
+    generator = torch.Generator().manual_seed(3)
+    branch = torch.randn(x.shape, generator=generator).to(dtype)
+    scale, weight, bias = (torch.randn(24, generator=generator).to(dtype) for _ in range(3))
+    for part in ("all", "none"):
+        options = {"norm": norm, "standard": standard, "alpha": 0.2, "token_scales": scales}
+        if part == "all":
+            options |= {"layer_scale": scale}
+            if norm != "none":
+                options |= {"norm_weight": weight}
+            if norm == "layer":
+                options |= {"norm_bias": bias}
+        ours = gtp_kernels.residual_propagate_norm(x.to(dtype), branch, graph, kept, prop, **options)
+        theirs = reference.residual_propagate_norm(x.to(dtype), branch, graph, kept, prop, **options)
+        close(ours[0], theirs[0])
+        assert (ours[1] is None) == (norm == "none")
+        if norm != "none":
+            # The norm reads the rounded x: where that rounds the other way, the norm moves with it.
+            step = torch.finfo(dtype).eps * theirs[0].double().abs().amax() if dtype.itemsize == 2 else 0.0
+            close(ours[1], theirs[1], 4 * step)
+        assert torch.equal(ours[2].token, theirs[2].token)
+        close(ours[3], theirs[3])
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "branch_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_residual_step_promotes_mixed_dtypes(backend: str, x_dtype: torch.dtype, branch_dtype: torch.dtype) -> None:
+    x, graph, kept, prop, _ = case()
+    branch = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(branch_dtype)
+    ours = gtp_kernels.residual_propagate_norm(x.to(x_dtype), branch, graph, kept, prop)
+    theirs = reference.residual_propagate_norm(x.to(x_dtype), branch, graph, kept, prop)
+    close(ours[0], theirs[0])
+    close(ours[1], theirs[1])
+    assert ours[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_prop", [0, 34])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_residual_step_sizes(backend: str, num_prop: int, batch: int) -> None:
+    x, graph, kept, prop, scales = case(num_prop=num_prop, batch=batch, num_prefix=5)
+    x = x.float()
+    ours = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, token_scales=scales, num_prefix=5)
+    theirs = reference.residual_propagate_norm(x, x, graph, kept, prop, token_scales=scales, num_prefix=5)
+    for a, b in ((ours[0], theirs[0]), (ours[1], theirs[1]), (ours[3], theirs[3])):
+        close(a, b)
+
+
+@pytest.mark.parametrize("norm", checks.NORMS)
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+def test_residual_gradcheck(backend: str, norm: str, standard: str) -> None:
+    x, graph, kept, prop, _ = case(n=9, num_prop=3, channels=4)
+    generator = torch.Generator().manual_seed(5)
+    branch, *vectors = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (x.shape, (4,), (4,), (4,))
+    )
+    leaves = [t.requires_grad_() for t in (x, branch, *vectors)]
+    used = {"layer": 5, "rms": 4, "none": 3}[norm]
+
+    def step(x: Tensor, branch: Tensor, scale: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(("norm_weight", "norm_bias"), affine, strict=False))
+        out, normed, _, _ = gtp_kernels.residual_propagate_norm(
+            x, branch, graph, kept, prop, layer_scale=scale, norm=norm, standard=standard, alpha=0.3, **named
+        )
+        return (out,) if normed is None else (out, normed)
+
+    assert torch.autograd.gradcheck(step, leaves[:used])
+
+
+def test_results_do_not_depend_on_threads(cpu_backend: str) -> None:
+    x, graph, kept, prop, scales = case(n=196, num_prop=14, channels=96)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            out, normed, _, new = gtp_kernels.residual_propagate_norm(
+                x.float(), x.float(), graph, kept, prop, token_scales=scales
+            )
+            results.append(torch.cat((out.flatten(), normed.flatten(), new.flatten())))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("standard", checks.PROPAGATIONS)
+def test_opcheck(dtype: torch.dtype, standard: str) -> None:
+    x, graph, kept, prop, scales = case(n=9, num_prop=3)
+    x = x.to(dtype).requires_grad_()
+    parts = (graph.indptr, graph.indices, graph.values, graph.token) if standard == "GraphProp" else (None,) * 4
+    ops = torch.ops.gtp_kernels
+    torch.library.opcheck(ops.propagate, (x, *parts, kept, prop, scales, standard, 0.1, 1))
+    torch.library.opcheck(ops.propagate, (x, *parts, kept, prop, None, standard, 0.1, 1))
+    grad = ops.propagate(x.detach(), *parts, kept, prop, None, standard, 0.1, 1)[0]
+    torch.library.opcheck(ops.propagate_backward, (grad, *parts, kept, prop, standard, 0.1, 1))
+    if standard == "GraphProp":
+        torch.library.opcheck(ops.propagate_dense, (x, graph.to_dense(), kept, prop, scales, 0.1, 1))
+    vector = torch.ones(24, dtype=dtype, requires_grad=True)
+    for norm in checks.NORMS:
+        affine = {"layer": (vector, vector), "rms": (vector, None), "none": (None, None)}[norm]
+        torch.library.opcheck(
+            ops.residual_propagate_norm,
+            (x, x, vector, *parts, kept, prop, scales, *affine, 1e-6, norm, standard, 0.1, 1),
+            # One unit in the last place of a 16-bit gradient: sums in another order.
+            rtol=2 * torch.finfo(dtype).eps,
+            atol=2 * torch.finfo(dtype).eps,
+        )
+
+
+def test_compile_fullgraph(backend: str) -> None:
+    def step(x: Tensor, graph: TokenGraph, kept: Tensor, prop: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        out, normed, graph, scales = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, token_scales=scales)
+        again, graph, scales = gtp_kernels.propagate(
+            out, graph, kept[:, :-8].clamp(max=20), prop, "GraphProp", 0.1, scales
+        )
+        return normed, again, graph.token, scales
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        x, graph, kept, prop, scales = case(batch=batch)
+        prop = prop.clamp(max=20)
+        arguments = (x.float(), graph, kept, prop, scales)
+        for ours, eager in zip(compiled(*arguments), step(*arguments), strict=True):
+            if ours.is_floating_point():
+                close(ours, eager)
+            else:
+                assert torch.equal(ours, eager)
+
+
+@pytest.mark.no_op_runs
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(1, 17)}, ValueError, "x must be 3-dimensional"),
+        ({"x": torch.zeros(1, 17, 4, dtype=torch.int32)}, TypeError, "x must be float32"),
+        ({"weight": None}, TypeError, "weight must be a TokenGraph or a tensor"),
+        ({"weight": torch.zeros(1, 15, 15)}, ValueError, "weight must have shape"),
+        ({"weight": torch.zeros(1, 16, 16, device="meta")}, ValueError, "weight must be on the device of x"),
+        ({"index_kept": torch.zeros(1, 12)}, TypeError, "index_kept must be int64"),
+        ({"index_kept": torch.zeros(1, 11, dtype=torch.int64)}, ValueError, "must divide the image tokens"),
+        ({"index_kept": torch.zeros(2, 12, dtype=torch.int64)}, ValueError, "index_kept must have shape"),
+        (
+            {"index_kept": torch.zeros(1, 12, dtype=torch.int64)},
+            ValueError,
+            "index_kept must hold indices in \\[1, 17\\)",
+        ),
+        ({"index_prop": torch.full((1, 4), 17)}, ValueError, "index_prop must hold indices in \\[1, 17\\)"),
+        ({"index_prop": [[1, 2, 3, 4]]}, TypeError, "index_prop must be an int64 tensor"),
+        ({"standard": "Sum"}, ValueError, "standard must be one of None, Mean, GraphProp"),
+        ({"alpha": math.nan}, ValueError, "alpha must be finite"),
+        ({"alpha": "0.1"}, TypeError, "alpha must be a number"),
+        ({"token_scales": torch.ones(1, 16)}, ValueError, "token_scales must have shape"),
+        ({"num_prefix": -1}, ValueError, "num_prefix must be at least 0"),
+        ({"num_prefix": 18}, ValueError, "num_prefix must be at most"),
+    ],
+)
+def test_bad_input(backend: str, change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": torch.zeros(1, 17, 4),
+        "weight": torch.zeros(1, 16, 16),
+        "index_kept": torch.arange(1, 13)[None],
+        "index_prop": torch.arange(13, 17)[None],
+    }
+    for module in (gtp_kernels, reference):
+        with pytest.raises(error, match=message):
+            module.propagate(**(arguments | change))
+
+
+def test_bad_index_values_in_the_residual_step(backend: str) -> None:
+    x, graph, kept, prop, _ = case(n=16, num_prop=4)
+    for bad in (0, 17, -1):
+        with pytest.raises(ValueError, match="index_prop must hold indices in \\[1, 17\\)"):
+            gtp_kernels.residual_propagate_norm(x, x, graph, kept, torch.full_like(prop, bad))
+        with pytest.raises(ValueError, match="index_kept must hold indices in \\[1, 17\\)"):
+            gtp_kernels.residual_propagate_norm(x, x, graph, torch.full_like(kept, bad), prop)
+
+
+@pytest.mark.no_op_runs
+def test_bad_graph_and_residual_input(backend: str) -> None:
+    x, graph, kept, prop, _ = case(n=16, num_prop=4)
+    x = x.float()
+    with pytest.raises(TypeError, match="weight.values must be torch.float32"):
+        gtp_kernels.propagate(
+            x, TokenGraph(graph.indptr, graph.indices, graph.values.double(), graph.token), kept, prop
+        )
+    with pytest.raises(ValueError, match="weight.token must have shape"):
+        gtp_kernels.propagate(x, graph.with_token(graph.token[:, :5]), kept, prop)
+    with pytest.raises(ValueError, match="weight.token must hold indices"):
+        gtp_kernels.propagate(x, graph.with_token(graph.token + 9), kept, prop)
+    with pytest.raises(ValueError, match="branch must have shape"):
+        gtp_kernels.residual_propagate_norm(x, x[:, 1:], graph, kept, prop)
+    with pytest.raises(ValueError, match="layer_scale must have shape"):
+        gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, layer_scale=torch.ones(3))
+    with pytest.raises(ValueError, match="norm must be one of layer, rms, none"):
+        gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, norm="batch")
+    with pytest.raises(TypeError, match="graph must be a TokenGraph or None"):
+        gtp_kernels.residual_propagate_norm(x, x, graph.to_dense(), kept, prop)
+
+
+def test_a_corrupt_graph_is_refused_and_reads_nothing_outside(cpu_backend: str) -> None:
+    x, graph, kept, prop, _ = case(n=16, num_prop=4)
+    x = x.float()
+    for corrupt in (
+        TokenGraph(graph.indptr, graph.indices + 1000, graph.values, graph.token),
+        TokenGraph(graph.indptr, graph.indices - 1000, graph.values, graph.token),
+        TokenGraph(graph.indptr + 100000, graph.indices, graph.values, graph.token),
+        TokenGraph(graph.indptr.flip(1), graph.indices, graph.values, graph.token),
+    ):
+        with pytest.raises(RuntimeError, match="indptr|indices"):
+            gtp_kernels.propagate(x, corrupt, kept, prop)
