@@ -1,0 +1,184 @@
+"""The GTP step of one transformer block, for any library.
+
+    attend      A = softmax(q kᵀ · scale + log s), thresholded at θ; A v, and the scores of A          (Equation 11)
+    summarise   the P least important image tokens leave: X^s = X^k + α Â^p X^p, s^s = s^k + α Â^p s^p  (10, 12)
+
+Nothing is kept on a module: what a block hands to the next one is a :class:`State`, and what it is asked for comes
+as :class:`LayerOptions`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gtp_kernels
+from gtp_kernels import AttentionScores, TokenGraph, checks, reference
+from gtp_kernels.reference.select import map_rows
+from gtp_vit.config import GTPConfig
+
+if TYPE_CHECKING:
+    from gtp_vit.tracing import Recorder
+
+
+class LayerOptions(NamedTuple):
+    """What one block is asked for: the options of :class:`GTPConfig`, its own P, and R prefix tokens."""
+
+    block: int
+    num_prop: int
+    num_prefix: int
+    sparsity: float
+    alpha: float
+    selection: str
+    propagation: str
+    semantics: str
+    track_scales: bool
+
+
+class State(NamedTuple):
+    """What one block hands to the next.
+
+    Attributes:
+        graph: the token graph seen through the current rows; ``None`` where nothing reads it.
+        token_scales: float32 [B, N], prefix counted; ``None`` while every scale is one, whose logarithm adds nothing.
+        recorder: where the forward is traced.
+    """
+
+    graph: TokenGraph | None
+    token_scales: Tensor | None
+    recorder: Recorder | None
+
+    def finished(self, options: LayerOptions) -> State:
+        """This state, noted as the one that the block of ``options`` leaves behind."""
+        if self.recorder is not None:
+            self.recorder.finish(options.block, self.token_scales)
+        return self
+
+
+class Norm(NamedTuple):
+    """The normalisation after the step: ``kind`` is "layer", "rms", or "none" for one that is not fused."""
+
+    kind: str = "none"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+
+
+def layer_options(config: GTPConfig, depth: int, num_prefix: int) -> tuple[LayerOptions, ...]:
+    """The options of each of ``depth`` blocks."""
+    # Dropping tokens leaves every scale at one.
+    track_scales = config.token_scale and config.propagation != "None"
+    return tuple(
+        LayerOptions(
+            block,
+            num_prop,
+            num_prefix,
+            config.sparsity,
+            config.alpha,
+            config.selection,
+            config.propagation,
+            config.semantics,
+            track_scales,
+        )
+        for block, num_prop in enumerate(config.schedule(depth))
+    )
+
+
+def first_state(
+    x: Tensor, grid_size: tuple[int, int], config: GTPConfig, depth: int, num_prefix: int, recorder: Recorder | None
+) -> State:
+    """The state before the first block: the graph of the embedded tokens x [B, R+n, C], where one is needed."""
+    graph = None
+    if config.uses_graph(depth):
+        graph = gtp_kernels.build_graph(
+            x.detach(), grid_size, config.graph_type, config.num_neighbours, num_prefix, config.semantics
+        )
+    if recorder is not None:
+        recorder.graph = graph
+    return State(graph, None, recorder)
+
+
+def changes_nothing(state: State, options: LayerOptions) -> bool:
+    """Whether the block is the unpatched one: no token leaves, the map is whole, and every token counts one."""
+    return options.num_prop == 0 and options.sparsity == 1 and state.token_scales is None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, state: State, options: LayerOptions
+) -> tuple[Tensor, AttentionScores | Tensor]:
+    """Attention of q, k, v [B, H, N, d], and what the selection reads: scores, or the map where it needs the map.
+
+    Returns:
+        out [B, H, N, d] in q's dtype, with ``out.transpose(1, 2).reshape(B, N, H * d)`` a view where the map is not
+        written; :class:`AttentionScores` each [B, H, N], or for ``CosSim*`` the map [B, H, N, N].
+    """
+    if options.num_prop and options.selection in checks.MAP_STANDARDS:
+        attn = reference.attention_map(
+            q, k, state.token_scales, sparsity=options.sparsity, scale=scale, semantics=options.semantics
+        )
+        return (attn @ v.to(attn.dtype)).to(v.dtype), attn.detach()
+    return gtp_kernels.attention_with_scores(
+        q, k, v, state.token_scales, sparsity=options.sparsity, scale=scale, semantics=options.semantics
+    )
+
+
+def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Tensor:
+    """Importance [B, n] of the image tokens, from what :func:`attend` returned."""
+    if isinstance(scores, Tensor):
+        rows = map_rows(scores, options.selection, options.num_prefix)
+        return -(rows @ rows.transpose(-1, -2)).sum(-1)
+    if options.selection == "Random":
+        return torch.randn_like(scores.diag[:, 0, options.num_prefix :])
+    return gtp_kernels.token_importance(scores, options.selection, options.num_prefix, options.semantics)
+
+
+def summarise(
+    x: Tensor,
+    branch: Tensor,
+    scores: AttentionScores | Tensor,
+    state: State,
+    options: LayerOptions,
+    layer_scale: Tensor | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor | None, State]:
+    """Adds the attention branch to the residual stream, then lets the P least important image tokens leave.
+
+    Args:
+        x, branch: [B, N, C]; the stream, and what the attention adds to it.
+        scores: from :func:`attend`.
+        layer_scale: [C], multiplied into ``branch``, or ``None``.
+        norm: the normalisation of the result.
+
+    Returns:
+        x [B, N', C]; its normalisation, or ``None`` where it is left to the caller; the state for the next block.
+    """
+    if options.num_prop == 0:
+        return x + (branch if layer_scale is None else branch * layer_scale), None, state.finished(options)
+    importance = importance_of(scores, options)
+    index_kept, index_prop = gtp_kernels.select_tokens(
+        importance, options.num_prop, num_prefix=options.num_prefix, order="grid"
+    )
+    token_scales = state.token_scales
+    if options.track_scales and token_scales is None:
+        token_scales = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    x, normed, graph, token_scales = gtp_kernels.residual_propagate_norm(
+        x,
+        branch,
+        state.graph,
+        index_kept,
+        index_prop,
+        layer_scale=layer_scale,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        norm_eps=norm.eps,
+        norm=norm.kind,
+        standard=options.propagation,
+        alpha=options.alpha,
+        token_scales=token_scales,
+        num_prefix=options.num_prefix,
+    )
+    if state.recorder is not None:
+        state.recorder.add(options.block, index_kept, index_prop, importance)
+    return x, normed, State(graph, token_scales, state.recorder).finished(options)

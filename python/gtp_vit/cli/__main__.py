@@ -1,0 +1,3 @@
+from gtp_vit.cli import main
+
+main()

@@ -1,0 +1,34 @@
+"""The `gtp-vit` command group. A command's module is imported when that command is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+import gtp_kernels
+
+# Name -> where the click command is.
+COMMANDS = {
+    "demo": "gtp_vit.cli.demo:demo",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are named in `COMMANDS` and imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(gtp_kernels.__version__, package_name="gtp-kernels")
+def cli() -> None:
+    """Graph-based token propagation for pre-trained Vision Transformers."""

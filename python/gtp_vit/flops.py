@@ -1,0 +1,191 @@
+"""GMACs of a model, and the FLOP formulas that make ``torch.utils.flop_counter`` see the operators of gtp_kernels.
+
+One multiply-accumulate is two FLOPs, as in torch's own counter. Only products are counted: softmax, norms, top-k and
+gathers are not, neither here nor there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+
+Shape = Sequence[int]
+Formula = Callable[..., int]
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    """q, k, v [B, H, N, d]: the two products of attention; the scores are read off the map and add none."""
+    return int(flop_counter.sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(grad_out: Shape, q: Shape, k: Shape, v: Shape, *args: Any, **kwargs: Any) -> int:
+    """Five products: the map is computed again, then the gradients of it, of v, q and k."""
+    return int(flop_counter.sdpa_backward_flop_count(grad_out, q, k, v))
+
+
+def _propagation(channels: int, indptr: Shape | None, indices: Shape | None, index_prop: Shape, standard: str) -> int:
+    """Edges that leave a propagated token, times the channels: 2 * C * (E / n0) * P per image.
+
+    The count is that of the average token, because a formula sees shapes only; edges between two propagated tokens,
+    which carry nothing, are counted too.
+    """
+    batch, propagated = index_prop
+    if standard == "Mean":
+        return 2 * batch * propagated * channels
+    if standard == "None" or indptr is None or indices is None:
+        return 0
+    tokens = indptr[-1] - 1
+    return 2 * batch * channels * indices[-1] * propagated // max(tokens, 1)
+
+
+def _propagate(
+    x: Shape,
+    indptr: Shape | None,
+    indices: Shape | None,
+    values: Shape | None,
+    token: Shape | None,
+    index_kept: Shape,
+    index_prop: Shape,
+    token_scales: Shape | None,
+    standard: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _propagation(x[-1], indptr, indices, index_prop, standard)
+
+
+def _propagate_backward(
+    grad: Shape,
+    indptr: Shape | None,
+    indices: Shape | None,
+    values: Shape | None,
+    token: Shape | None,
+    index_kept: Shape,
+    index_prop: Shape,
+    standard: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _propagation(grad[-1], indptr, indices, index_prop, standard)
+
+
+def _propagate_dense(x: Shape, weight: Shape, index_kept: Shape, index_prop: Shape, *args: Any, **kwargs: Any) -> int:
+    """A dense product of the kept-by-propagated block of the weights with the propagated rows."""
+    batch, kept = index_kept
+    return 2 * batch * kept * index_prop[-1] * x[-1]
+
+
+def _residual_propagate_norm(
+    x: Shape,
+    branch: Shape,
+    layer_scale: Shape | None,
+    indptr: Shape | None,
+    indices: Shape | None,
+    values: Shape | None,
+    token: Shape | None,
+    index_kept: Shape,
+    index_prop: Shape,
+    token_scales: Shape | None,
+    norm_weight: Shape | None,
+    norm_bias: Shape | None,
+    norm_eps: float,
+    norm: str,
+    standard: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _propagation(x[-1], indptr, indices, index_prop, standard)
+
+
+def _build_graph(x: Shape, height: int, width: int, graph_type: str, *args: Any, **kwargs: Any) -> int:
+    """The cosine similarities of all pairs of image tokens; the spatial graph needs no product."""
+    if graph_type not in ("Semantic", "Mixed"):
+        return 0
+    return 2 * x[0] * (height * width) ** 2 * x[-1]
+
+
+FORMULAS: dict[str, Formula] = {
+    "attention_with_scores": _attention,
+    "attention_with_scores_backward": _attention_backward,
+    "propagate": _propagate,
+    "propagate_backward": _propagate_backward,
+    "propagate_dense": _propagate_dense,
+    "residual_propagate_norm": _residual_propagate_norm,
+    "build_graph": _build_graph,
+}
+
+
+def register_formulas() -> None:
+    """Registers the formulas with ``torch.utils.flop_counter``; any counter made afterwards uses them.
+
+    Also registers the attention that PyTorch runs on CPUs, where torch's own table lacks it (2.11 does): without it the
+    unpatched model would seem to do less work than it does. A formula that is already there stays; calling this again
+    changes nothing.
+    """
+    import gtp_kernels  # noqa: F401  (defines the operators)
+
+    targets: list[tuple[Any, str, Formula]] = [
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", _attention),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward),
+    ]
+    targets += [(torch.ops.gtp_kernels, name, formula) for name, formula in FORMULAS.items()]
+    for namespace, name, formula in targets:
+        operator = getattr(namespace, name, None)
+        if operator is not None and operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+
+
+def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> float:
+    """Multiply-accumulates of one image, in units of 1e9.
+
+    Args:
+        model: a vision model; it is run once, in evaluation mode and without gradients, and is as before afterwards.
+            No other thread may use it meanwhile.
+        example_or_size: a batch [B, 3, H, W], or the image size as one number or (H, W), for which one image of noise
+            in the model's dtype and on its device is made.
+
+    Raises:
+        ValueError: a size below 1, or an empty batch.
+        TypeError: neither a tensor nor a size.
+    """
+    if isinstance(example_or_size, Tensor):
+        example = example_or_size
+    else:
+        example = _noise(model, example_or_size)
+    if example.ndim == 0 or example.shape[0] == 0:
+        raise ValueError(f"example_or_size: expected at least one image, got shape {tuple(example.shape)}")
+    register_formulas()
+    # The counter's module tracker fails where a module receives a parameter that requires gradients and gradients are
+    # off (attention pooling: torch 2.11).
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval().requires_grad_(False)
+    try:
+        with torch.no_grad(), flop_counter.FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+    return float(counter.get_total_flops()) / 2 / example.shape[0] / 1e9
+
+
+def _noise(model: nn.Module, size: int | tuple[int, int]) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else _pair(size)
+    if height < 1 or width < 1:
+        raise ValueError(f"example_or_size: sizes start at 1, got {(height, width)}")
+    parameter = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, height, width, generator=generator)
+    return image.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _pair(size: object) -> tuple[int, int]:
+    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    raise TypeError(f"example_or_size: expected a tensor, an int or (height, width), got {size!r}")
