@@ -11,7 +11,6 @@ import threading
 import warnings
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from gtp_kernels import native
@@ -122,7 +121,6 @@ def choose(op: str, tensor: Tensor) -> str:
     return _choose(_guard, op, tensor.device.type)
 
 
-@torch.compiler.assume_constant_result
 def _choose(guard: str | None, op: str, device_type: str) -> str:
     backend = forced()
     if backend is not None:
@@ -133,6 +131,10 @@ def _choose(guard: str | None, op: str, device_type: str) -> str:
     if _state.recording is not None:
         _state.recording.append((op, backend))
     return backend
+
+
+# What torch.compiler.assume_constant_result sets: the decorator itself would import all of torch._dynamo here.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
 
 
 def _automatic(op: str, device_type: str) -> str:

@@ -54,9 +54,10 @@ def build_graph(
         adjacency |= spatial_adjacency(height, width, x.device)
     if graph_type != "Spatial":
         adjacency |= semantic_adjacency(x[:, num_prefix:], neighbours)
-    degree = adjacency.sum(2).float()
-    inverse = torch.where(degree > 0, degree.rsqrt(), 0.0)
-    weights = adjacency * (inverse.unsqueeze(2) * inverse.unsqueeze(1))
+    degree = adjacency.sum(2).double()
+    # In float64, rounded once: torch's float32 root is not correctly rounded, and every backend is to give equal bits.
+    product = degree.unsqueeze(2) * degree.unsqueeze(1)
+    weights = torch.where(adjacency & (product > 0), 1.0 / product.sqrt(), 0.0).float()
     return TokenGraph._from_edges(adjacency.flatten(1), weights, edge_capacity(height, width, graph_type, neighbours))
 
 

@@ -1,0 +1,275 @@
+// Order statistics of float or double values by vector sweeps: the exact threshold of an attention map.
+//
+// Values are >= 0 or NaN. NaN counts as the largest value. `rank` is 1-based from the smallest.
+// Arrays handed to collect() hold whole vectors; the padding is NaN, which no ordered comparison takes.
+//
+// map_threshold: a stratified sample (one vector of every row) brackets the rank; one sweep counts what lies below and
+// collects what lies strictly inside; kth() finds the rank among those few. Where the bracket misses or its contents
+// outgrow the buffer, a radix selection over the whole map gives the same value.
+#pragma once
+
+#include "vec.h"
+
+namespace gtp {
+namespace GTP_ISA {
+
+// What sweeps have seen so far.
+struct Counts {
+  int64_t up_to = 0;    // values <= low
+  int64_t between = 0;  // low < values < high, written to the target
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each 8-bit mask the lanes that it keeps, packed to the front, one byte each.
+struct CompressTable {
+  uint64_t lanes[256];
+  constexpr CompressTable() : lanes{} {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint64_t packed = 0;
+      int count = 0;
+      for (uint64_t lane = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) packed |= lane << (8 * count++);
+      }
+      lanes[mask] = packed;
+    }
+  }
+};
+static constexpr CompressTable kCompress{};
+#endif
+
+// Appends the lanes of v where inside is set to target; writes up to one whole vector, returns how many lanes count.
+template <class T>
+GTP_INLINE int compress(typename Vec<T>::V v, typename Vec<T>::I inside, T* target) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)inside);
+    _mm512_storeu_ps(target, _mm512_maskz_compress_ps(mask, (__m512)v));
+    return __builtin_popcount(mask);
+  } else {
+    const __mmask8 mask = _mm512_movepi64_mask((__m512i)inside);
+    _mm512_storeu_pd(target, _mm512_maskz_compress_pd(mask, (__m512d)v));
+    return __builtin_popcount(mask);
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const int mask = _mm256_movemask_ps((__m256)inside);
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kCompress.lanes[mask])));
+    _mm256_storeu_ps(target, _mm256_permutevar8x32_ps((__m256)v, lanes));
+    return __builtin_popcount(mask);
+  }
+#endif
+  int count = 0;
+  for (int i = 0; i < Vec<T>::W; ++i) {
+    target[count] = v[i];
+    count += inside[i] != 0;
+  }
+  return count;
+#endif
+}
+
+// One sweep over `count` values (a multiple of W), added to `counts`; what lies between is appended to the target, which
+// may be the source and needs room for one vector more than it receives.
+template <class T>
+GTP_INLINE void collect(const T* source, int64_t count, T low, T high, T* target, Counts& counts) {
+  const auto vlow = splat(low), vhigh = splat(high);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    int64_t up_to = counts.up_to, between = counts.between;
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512 v = _mm512_loadu_ps(source + i);
+      const __mmask16 below_high = _mm512_cmp_ps_mask(v, (__m512)vhigh, _CMP_LT_OQ);
+      const __mmask16 to_low = _mm512_cmp_ps_mask(v, (__m512)vlow, _CMP_LE_OQ);
+      const __mmask16 inside = _kandn_mask16(to_low, below_high);
+      _mm512_storeu_ps(target + between, _mm512_maskz_compress_ps(inside, v));
+      between += __builtin_popcount(inside);
+      up_to += __builtin_popcount(to_low);
+    }
+    counts = {up_to, between};
+    return;
+  }
+#endif
+  typename Vec<T>::I up_to{};
+  int64_t between = counts.between;
+  for (int64_t i = 0; i < count; i += Vec<T>::W) {
+    const auto v = load(source + i);
+    up_to -= v <= vlow;
+    between += compress<T>(v, (v > vlow) & (v < vhigh), target + between);
+  }
+  counts.up_to += reduce_count<T>(up_to);
+  counts.between = between;
+}
+
+template <class T>
+GTP_INLINE int64_t count_equal(const T* source, int64_t count, T value) {
+  typename Vec<T>::I equal{};
+  const auto v = splat(value);
+  for (int64_t i = 0; i < count; i += Vec<T>::W) equal -= load(source + i) == v;
+  return reduce_count<T>(equal);
+}
+
+template <class T>
+GTP_INLINE void pad_with_nan(T* values, int64_t count) {
+  store(values + count, splat(Vec<T>::nan));
+}
+
+// The bits of a value in an order where NaN is the largest.
+template <class T>
+GTP_INLINE typename Vec<T>::Bits radix_key(T value) {
+  using Bits = typename Vec<T>::Bits;
+  return value == value ? bits_as<Bits>(value) : ~Bits{0};
+}
+
+// Exact for any input: 8 bits of the key at a time, most significant first, over rows of `columns` values.
+template <class T>
+static T radix_kth(const T* source, int64_t rows, int64_t columns, int64_t ld, int64_t rank) {
+  using Bits = typename Vec<T>::Bits;
+  Bits prefix = 0, known = 0;
+  for (int shift = 8 * sizeof(T) - 8; shift >= 0; shift -= 8) {
+    int64_t histogram[256] = {0};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const Bits key = radix_key(source[i * ld + j]);
+        if ((key & known) == prefix) ++histogram[key >> shift & 255];
+      }
+    }
+    Bits digit = 0;
+    while (digit < 255 && rank > histogram[digit]) rank -= histogram[digit++];
+    prefix |= digit << shift;
+    known |= Bits{255} << shift;
+  }
+  return prefix == ~Bits{0} ? Vec<T>::nan : bits_as<T>(prefix);
+}
+
+constexpr int64_t kSmall = 64;
+
+// The ranks that each of count <= kSmall values without NaN occupies: below + 1 to up_to.
+template <class T>
+struct SmallRanks {
+  typename Vec<T>::Int below[kSmall], up_to[kSmall];
+
+  SmallRanks(const T* values, int64_t count) {
+    using I = typename Vec<T>::I;
+    for (int64_t i = 0; i < count; i += Vec<T>::W) {
+      const auto v = load(values + i);
+      I b{}, u{};
+      for (int64_t j = 0; j < count; ++j) {
+        const auto x = splat(values[j]);
+        b -= x < v;
+        u -= x <= v;
+      }
+      __builtin_memcpy(below + i, &b, sizeof b);
+      __builtin_memcpy(up_to + i, &u, sizeof u);
+    }
+  }
+  T find(const T* values, int64_t count, int64_t rank) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (below[i] < rank && rank <= up_to[i]) return values[i];
+    }
+    return Vec<T>::nan;
+  }
+};
+
+// The rank-th of `count` values without NaN, 1 <= rank <= count. `values` and `other` are both overwritten and have
+// room for count + 2 W. Each round keeps what lies between two values of a sample of kSmall, or on the side that
+// the sample misjudged.
+template <class T>
+static T kth(T* values, int64_t count, int64_t rank, T* other) {
+  constexpr int W = Vec<T>::W;
+  for (int round = 0;; ++round) {
+    pad_with_nan(values, count);
+    if (count <= kSmall) return SmallRanks<T>(values, count).find(values, count, rank);
+    if (round == 32) return radix_kth(values, 1, count, count, rank);
+    alignas(64) T sample[kSmall + W];
+    for (int64_t i = 0; i < kSmall; ++i) sample[i] = values[(2 * i + 1) * count / (2 * kSmall)];
+    pad_with_nan(sample, kSmall);
+    const int64_t middle = rank * kSmall / count;
+    const int64_t low_rank = middle - 8 < 1 ? 1 : middle - 8;
+    const int64_t high_rank = middle + 9 > kSmall ? kSmall : middle + 9;
+    const SmallRanks<T> ranks(sample, kSmall);
+    const T low = ranks.find(sample, kSmall, low_rank), high = ranks.find(sample, kSmall, high_rank);
+    const int64_t padded = (count + W - 1) / W * W;
+    Counts counts;
+    collect(values, padded, low, high, other, counts);
+    const int64_t up_to = counts.up_to;
+    if (rank <= up_to) {
+      if (rank > up_to - count_equal(values, padded, low)) return low;
+      Counts side;
+      collect(values, padded, T(-1), low, other, side);
+      count = side.between;
+    } else if (rank <= up_to + counts.between) {
+      rank -= up_to;
+      count = counts.between;
+    } else {
+      const int64_t up_to_high = up_to + counts.between + (high > low ? count_equal(values, padded, high) : int64_t{0});
+      if (rank <= up_to_high) return high;
+      rank -= up_to_high;
+      Counts side;
+      collect(values, padded, high, Vec<T>::inf, other, side);
+      count = side.between;
+      if (rank > count) return Vec<T>::inf;  // the rest are infinite
+    }
+    T* swap = values;
+    values = other;
+    other = swap;
+  }
+}
+
+// Room that map_threshold needs in each of its two buffers.
+template <class T>
+GTP_INLINE int64_t threshold_room(int64_t tokens, int64_t ld) {
+  return tokens * ld / 6 + 64 * ld / 4 + 4096 + 4 * Vec<T>::W;
+}
+
+// The rank-th smallest of the tokens * tokens values of a map with row stride ld, whose rows are padded with NaN to
+// whole vectors.
+template <class T>
+static T map_threshold(const T* map, int64_t tokens, int64_t ld, int64_t rank, bool force_miss, T* first, T* second) {
+  constexpr int W = Vec<T>::W;
+  const int64_t padded = (tokens + W - 1) / W * W;
+  const int64_t total = tokens * tokens;
+  const int64_t room = threshold_room<T>(tokens, ld) - 2 * W;
+  if (force_miss) return radix_kth(map, tokens, tokens, ld, rank);
+  T low = T(-1), high = Vec<T>::inf;
+  if (total > 4096) {
+    const int64_t step = tokens > 1024 ? tokens / 512 : 1, vectors = tokens / W;
+    int64_t sampled = 0;
+    for (int64_t i = 0; i < tokens; i += step) {
+      const int64_t column = static_cast<int64_t>((static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u >> 40) %
+                                                  static_cast<uint64_t>(vectors)) *
+                             W;
+      const auto v = load(map + i * ld + column);
+      store(first + sampled, v == v ? v : splat(Vec<T>::inf));
+      sampled += W;
+    }
+    const double share = static_cast<double>(rank) / static_cast<double>(total);
+    const double middle = share * static_cast<double>(sampled);
+    const double deviation = 2.0 + 4.0 * __builtin_sqrt(middle * (1.0 - share) + 0.25);
+    int64_t low_rank = static_cast<int64_t>(middle - deviation),
+            high_rank = static_cast<int64_t>(middle + deviation) + 1;
+    // kth() overwrites its input: the sample is kept in the second half.
+    T* keep = first + (sampled + 2 * W);
+    for (int64_t i = 0; i < sampled; i += W) store(keep + i, load(first + i));
+    if (low_rank >= 1) low = kth(first, sampled, low_rank, second);
+    if (high_rank <= sampled) high = kth(keep, sampled, high_rank, second);
+    if (low > high) low = high;
+  }
+  Counts counts;
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (counts.between + padded > room) return radix_kth(map, tokens, tokens, ld, rank);
+    collect(map + i * ld, padded, low, high, first, counts);
+  }
+  const auto count_in_map = [&](T value) {
+    int64_t equal = 0;
+    for (int64_t i = 0; i < tokens; ++i) equal += count_equal(map + i * ld, padded, value);
+    return equal;
+  };
+  const int64_t up_to = counts.up_to, between = counts.between;
+  if (rank > up_to && rank <= up_to + between) return kth(first, between, rank - up_to, second);
+  if (rank <= up_to && rank > up_to - count_in_map(low)) return low;
+  if (rank > up_to + between && high > low && rank <= up_to + between + count_in_map(high)) return high;
+  return radix_kth(map, tokens, tokens, ld, rank);
+}
+
+}  // namespace GTP_ISA
+}  // namespace gtp
