@@ -1,0 +1,170 @@
+"""Builds the native part with CMake and Ninja; everything else about the package is in pyproject.toml.
+
+Environment:
+    GTP_NATIVE   0: pure Python on purpose; 1: a missing compiler is an error. Otherwise a machine without a compiler
+                 or CMake gets a warning and a package that runs the reference and Triton. A compile error is an error.
+    GTP_CUDA     0: no CUDA kernels; 1: a missing CUDA toolkit is an error. Otherwise they are built where one is found.
+    TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CMAKE_ARGS   as elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+
+
+class Missing(Exception):
+    """Something that the native build needs is not on this machine."""
+
+
+def tool(name: str) -> str | None:
+    """A program on the PATH, beside the interpreter, or inside the pip package of that name."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts")])
+    found = shutil.which(name) or shutil.which(name, path=beside)
+    if found is None and (spec := importlib.util.find_spec(name)) and spec.origin:
+        found = shutil.which(name, path=str(Path(spec.origin).parent / "data" / "bin"))
+    return found
+
+
+def package_folder(name: str) -> Path | None:
+    """Where a package is installed, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def torch_folder() -> Path:
+    folder = package_folder("torch")
+    if folder is None:
+        raise Missing("torch is not installed in the build environment")
+    header = folder / "include" / "torch" / "headeronly" / "version.h"
+    text = header.read_text() if header.exists() else ""
+    found = tuple(
+        int(match[1]) if (match := re.search(rf"#define TORCH_VERSION_{part} (\d+)", text)) else 0
+        for part in ("MAJOR", "MINOR")
+    )
+    if found < OLDEST_TORCH:
+        raise Missing(f"torch {'.'.join(map(str, found))} is too old: the stable ABI of 2.11 or later is needed")
+    return folder
+
+
+def compiler() -> str:
+    names = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise Missing(f"no C++ compiler: looked for {', '.join(names)}")
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's words ("80-real;90-real;90-virtual")."""
+    architectures = []
+    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        if not entry:
+            continue
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; entries look like 9.0, 9.0a or 9.0+PTX")
+        name = match[1] + match[2]
+        architectures += [f"{name}-real"] + ([f"{name}-virtual"] if match[3] else [])
+    return ";".join(architectures)
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} is {value!r}; it must be 0, 1 or unset")
+    return {"0": "OFF", "1": "ON", "": "AUTO"}[value]
+
+
+def configure_arguments() -> list[str]:
+    """The CMake command line without its output folder; raises Missing."""
+    cmake = tool("cmake")
+    if cmake is None:
+        raise Missing("no CMake: neither on the PATH nor as a pip package")
+    arguments = [cmake, "-S", str(ROOT), f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DTORCH_DIR={torch_folder()}"]
+    # What CMake remembers of another torch (an isolated build has its own) must not outlive it.
+    arguments += ["-U", "TORCH_LIB_*"]
+    if ninja := tool("ninja"):
+        arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if pybind11 := package_folder("pybind11"):
+        arguments += [f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}", "-DGTP_PYTHON_MODULE=ON"]
+        arguments += [f"-DPython_EXECUTABLE={sys.executable}"]
+    else:
+        warn("pybind11 is not installed: the module _C (build information, unit tests) is left out")
+        arguments += ["-DGTP_PYTHON_MODULE=OFF"]
+    arguments += [f"-DGTP_CUDA={switch('GTP_CUDA')}", f"-DGTP_CUDA_ARCHITECTURES={cuda_architectures()}"]
+    return arguments + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+
+
+def warn(*lines: str) -> None:
+    bar = "*" * 88
+    print("\n".join([bar, *(f"* gtp-kernels: {line}" for line in lines), bar]), file=sys.stderr, flush=True)
+
+
+class BuildNative(build_ext):
+    """Puts libgtp_kernels and _C into the package folder: the one in the tree for an editable or in-place build."""
+
+    def run(self) -> None:
+        for extension in self.extensions:
+            self.build_extension(extension)
+
+    def output_folder(self) -> Path:
+        in_tree = self.inplace or getattr(self, "editable_mode", False)
+        return (ROOT if in_tree else Path(self.build_lib).resolve()) / "gtp_kernels"
+
+    def build_extension(self, extension: Extension) -> None:
+        build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        version = self.distribution.get_version()
+        arguments = [f"-DGTP_OUTPUT_DIR={self.output_folder()}", f"-DGTP_VERSION={version}", "-B", str(build)]
+        subprocess.run([*configure_arguments(), *arguments], check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([str(tool("cmake")), "--build", str(build), "--parallel", jobs], check=True)
+
+    def native_files(self) -> list[str]:
+        return [str(path) for path in sorted(self.output_folder().glob("*.so"))]
+
+    def get_outputs(self) -> list[str]:
+        return [] if getattr(self, "editable_mode", False) else self.native_files()
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def extensions() -> list[Extension]:
+    """The native build, or nothing (a pure-Python package) where it is not wanted or cannot be made."""
+    wanted = switch("GTP_NATIVE")
+    if wanted == "OFF":
+        return []
+    try:
+        configure_arguments()
+    except Missing as reason:
+        if wanted == "ON":
+            raise SystemExit(f"GTP_NATIVE=1, and the native build is not possible: {reason}") from None
+        warn(
+            f"the native kernels are NOT built: {reason}.",
+            "The package works without them: the reference on CPUs (slow), Triton on GPUs.",
+            "To have them, install a C++17 compiler (Debian: apt-get install g++), then install this again.",
+        )
+        return []
+    return [Extension("gtp_kernels._C", sources=[])]
+
+
+setup(
+    package_dir={"gtp_kernels": "gtp_kernels", "gtp_vit": "python/gtp_vit"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+)
