@@ -146,7 +146,7 @@ print("fine")
 def test_import_is_light() -> None:
     code = (
         "import sys, gtp_kernels; assert 'triton' not in sys.modules; import gtp_vit; "
-        "heavy = ('timm', 'transformers', 'torchvision', 'torch._dynamo', 'onnx', 'skimage', 'sklearn', 'PIL', 'rich', 'click'); "
+        "heavy = 'timm transformers torchvision torch._dynamo onnx skimage sklearn PIL rich click'.split(); "
         "print([m for m in heavy if m in sys.modules])"
     )
     done = run_python(code)
