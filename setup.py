@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """Something that the native build needs is not on this machine."""
 
 
@@ -48,7 +48,7 @@ def package_folder(name: str) -> Path | None:
 def torch_folder() -> Path:
     folder = package_folder("torch")
     if folder is None:
-        raise Missing("torch is not installed in the build environment")
+        raise MissingError("torch is not installed in the build environment")
     header = folder / "include" / "torch" / "headeronly" / "version.h"
     text = header.read_text() if header.exists() else ""
     found = tuple(
@@ -56,7 +56,7 @@ def torch_folder() -> Path:
         for part in ("MAJOR", "MINOR")
     )
     if found < OLDEST_TORCH:
-        raise Missing(f"torch {'.'.join(map(str, found))} is too old: the stable ABI of 2.11 or later is needed")
+        raise MissingError(f"torch {'.'.join(map(str, found))} is too old: the stable ABI of 2.11 or later is needed")
     return folder
 
 
@@ -65,7 +65,7 @@ def compiler() -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    raise Missing(f"no C++ compiler: looked for {', '.join(names)}")
+    raise MissingError(f"no C++ compiler: looked for {', '.join(names)}")
 
 
 def cuda_architectures() -> str:
@@ -90,10 +90,10 @@ def switch(name: str) -> str:
 
 
 def configure_arguments() -> list[str]:
-    """The CMake command line without its output folder; raises Missing."""
+    """The CMake command line without its output folder; raises MissingError."""
     cmake = tool("cmake")
     if cmake is None:
-        raise Missing("no CMake: neither on the PATH nor as a pip package")
+        raise MissingError("no CMake: neither on the PATH nor as a pip package")
     arguments = [cmake, "-S", str(ROOT), f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DTORCH_DIR={torch_folder()}"]
     # What CMake remembers of another torch (an isolated build has its own) must not outlive it.
     arguments += ["-U", "TORCH_LIB_*"]
@@ -151,7 +151,7 @@ def extensions() -> list[Extension]:
         return []
     try:
         configure_arguments()
-    except Missing as reason:
+    except MissingError as reason:
         if wanted == "ON":
             raise SystemExit(f"GTP_NATIVE=1, and the native build is not possible: {reason}") from None
         warn(

@@ -72,10 +72,22 @@ struct ImageGraph {
     const int32_t t = token[row - prefix];
     const int64_t begin = indptr[t], end = indptr[t + 1];
     if (begin < 0 || end < begin || end > capacity) return false;
-    for (int64_t e = begin; e < end; ++e) {
-      const int32_t column = indices[e];
-      if (column < 0 || column >= origins) return false;
-      if (leaver[column] >= 0) edge(leaver[column], values[e]);
+    // Which edges count is gathered without a branch, 64 edges at a time: few do, and none predictably.
+    for (int64_t e = begin; e < end; e += 64) {
+      const int64_t chunk = end - e < 64 ? end - e : 64;
+      uint64_t counts = 0;
+      bool bad = false;
+      for (int64_t i = 0; i < chunk; ++i) {
+        const uint32_t column = static_cast<uint32_t>(indices[e + i]);
+        const bool inside = column < static_cast<uint64_t>(origins);
+        bad |= !inside;
+        counts |= static_cast<uint64_t>(leaver[inside ? column : 0] >= 0) << i;
+      }
+      if (bad) return false;
+      for (; counts; counts &= counts - 1) {
+        const int64_t at = e + __builtin_ctzll(counts);
+        edge(leaver[indices[at]], values[at]);
+      }
     }
     return true;
   }

@@ -68,8 +68,8 @@ GTP_INLINE int compress(typename Vec<T>::V v, typename Vec<T>::I inside, T* targ
 #endif
 }
 
-// One sweep over `count` values (a multiple of W), added to `counts`; what lies between is appended to the target, which
-// may be the source and needs room for one vector more than it receives.
+// One sweep over `count` values (a multiple of W), added to `counts`; what lies between is appended to the target,
+// which may be the source and needs room for one vector more than it receives.
 template <class T>
 GTP_INLINE void collect(const T* source, int64_t count, T low, T high, T* target, Counts& counts) {
   const auto vlow = splat(low), vhigh = splat(high);
