@@ -25,56 +25,62 @@ int64_t threshold_rank(int64_t tokens, double sparsity, bool paper) {
 
 namespace {
 
+// A thread gets so many images that the work outweighs waking it: 32,768 values, as torch's own grain.
+int64_t images_per_task(int64_t values) {
+  return values > 0 ? 1 + 32768 / values : 1;
+}
+
+// total[i] = the maximum or mean over heads of source[h][i] (less minus[h][i]); the heads are `stride` values apart.
+// The maximum propagates NaN, as torch.amax does.
+template <class T>
+void over_heads(const ImportanceParams& p, const T* source, const T* minus, int64_t count, T* total) {
+  const auto value = [&](int64_t i) { return minus ? source[i] - minus[i] : source[i]; };
+  for (int64_t i = 0; i < count; ++i) total[i] = value(i);
+  for (int64_t h = 1; h < p.heads; ++h) {
+    source += p.tokens;
+    minus = minus ? minus + p.tokens : nullptr;
+    if (p.aggregate == Aggregate::Mean) {
+      for (int64_t i = 0; i < count; ++i) total[i] += value(i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const T x = value(i);
+        total[i] = (x > total[i]) | (x != x) ? x : total[i];
+      }
+    }
+  }
+  if (p.aggregate == Aggregate::Mean) {
+    for (int64_t i = 0; i < count; ++i) total[i] /= static_cast<T>(p.heads);
+  }
+}
+
 template <class T>
 void importance_of(const ImportanceParams& p, const Parallel& parallel) {
   const int64_t count = p.tokens - p.prefix;
-  // The maximum propagates NaN, as torch.max does.
-  const auto add = [&](T& total, T value) {
-    if (p.aggregate == Aggregate::Mean) {
-      total += value;
-    } else if (value > total || value != value) {
-      total = value;
-    }
-  };
+  const auto* diag = static_cast<const T*>(p.diag);
+  const auto* colsum = static_cast<const T*>(p.colsum);
+  const auto* cls_row = static_cast<const T*>(p.cls_row);
+  const bool both = p.source == Source::Mixed || p.source == Source::Sum;
   auto body = [&](int64_t begin, int64_t end) {
+    std::vector<T> second(both ? static_cast<size_t>(count) : 0);
     for (int64_t b = begin; b < end; ++b) {
       T* target = static_cast<T*>(p.importance) + b * count;
       const int64_t image = b * p.heads * p.tokens + p.prefix;
-      const auto aggregate = [&](const T* source, const T* minus, int64_t i) {
-        const int64_t at = image + i;
-        T total = minus ? source[at] - minus[at] : source[at];
-        for (int64_t h = 1; h < p.heads; ++h) {
-          const int64_t next = at + h * p.tokens;
-          add(total, minus ? source[next] - minus[next] : source[next]);
-        }
-        return p.aggregate == Aggregate::Mean ? total / static_cast<T>(p.heads) : total;
-      };
-      const T* diag = static_cast<const T*>(p.diag);
-      const T* colsum = static_cast<const T*>(p.colsum);
-      const T* cls_row = static_cast<const T*>(p.cls_row);
-      const T* minus = p.subtract_diag ? diag : nullptr;
+      const T* minus = p.subtract_diag ? diag + image : nullptr;
+      if (p.source == Source::Cls) {
+        over_heads<T>(p, cls_row + image, nullptr, count, target);
+      } else if (p.source == Source::Image) {
+        over_heads<T>(p, colsum + image, minus, count, target);
+      } else {
+        over_heads<T>(p, diag + image, nullptr, count, target);
+      }
+      if (!both) continue;
+      over_heads<T>(p, colsum + image, minus, count, second.data());
       for (int64_t i = 0; i < count; ++i) {
-        switch (p.source) {
-          case Source::Cls:
-            target[i] = aggregate(cls_row, nullptr, i);
-            break;
-          case Source::Image:
-            target[i] = aggregate(colsum, minus, i);
-            break;
-          case Source::Diagonal:
-            target[i] = aggregate(diag, nullptr, i);
-            break;
-          case Source::Mixed:
-            target[i] = aggregate(diag, nullptr, i) * aggregate(colsum, minus, i);
-            break;
-          case Source::Sum:
-            target[i] = aggregate(diag, nullptr, i) + aggregate(colsum, minus, i);
-            break;
-        }
+        target[i] = p.source == Source::Mixed ? target[i] * second[i] : target[i] + second[i];
       }
     }
   };
-  if (p.heads > 0 && count > 0) parallel_for(parallel, p.batch, 1, body);
+  if (p.heads > 0 && count > 0) parallel_for(parallel, p.batch, images_per_task(p.heads * p.tokens), body);
 }
 
 // An unsigned order in which NaN is 0, -0 equals 0 and everything else follows the numbers.
@@ -120,7 +126,7 @@ void select_of(const SelectParams& p, const Parallel& parallel) {
       for (int64_t i = 0; i < p.count; ++i) *(leaves[i] ? index_prop++ : index_kept++) = i + p.prefix;
     }
   };
-  parallel_for(parallel, p.batch, 16, body);
+  parallel_for(parallel, p.batch, images_per_task(4 * p.count), body);
 }
 
 }  // namespace
