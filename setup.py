@@ -61,18 +61,32 @@ def torch_folder() -> Path:
 
 
 def compiler() -> str:
-    names = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if command := shlex.split(os.environ.get("CXX", "")):  # "g++-13", and also "ccache g++" or "g++ -m64"
+        if path := shutil.which(command[0]):
+            return ";".join([path, *command[1:]])
+        raise MissingError(f"no C++ compiler: CXX is {os.environ['CXX']!r}, and {command[0]} is not there")
+    names = ["c++", "g++", "clang++"]
     for name in names:
         if path := shutil.which(name):
             return path
     raise MissingError(f"no C++ compiler: looked for {', '.join(names)}")
 
 
+def cuda_compiler() -> str | None:
+    """nvcc where torch's own builds look for it: CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda."""
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 def cuda_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's words ("80-real;90-real;90-virtual")."""
     architectures = []
     for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
-        if not entry:
+        if not entry or switch("GTP_CUDA") == "OFF":
             continue
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if match is None:
@@ -127,10 +141,18 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # With another compiler CMake drops its cache, and with it the -D of the command line.
+        compilers = f"{compiler()}\n{cuda_compiler()}\n"
+        stamp = build / "compilers.txt"
+        if build.exists() and not (stamp.exists() and stamp.read_text() == compilers):
+            shutil.rmtree(build)
         build.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(compilers)
         version = self.distribution.get_version()
         arguments = [f"-DGTP_OUTPUT_DIR={self.output_folder()}", f"-DGTP_VERSION={version}", "-B", str(build)]
-        subprocess.run([*configure_arguments(), *arguments], check=True)
+        # CMake's own search knows the PATH only; an nvcc that does not work counts as none.
+        environment = {**os.environ, "CUDACXX": cuda_compiler() or "no-nvcc"}
+        subprocess.run([*configure_arguments(), *arguments], check=True, env=environment)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([str(tool("cmake")), "--build", str(build), "--parallel", jobs], check=True)
 
@@ -152,8 +174,9 @@ def extensions() -> list[Extension]:
     try:
         configure_arguments()
     except MissingError as reason:
-        if wanted == "ON":
-            raise SystemExit(f"GTP_NATIVE=1, and the native build is not possible: {reason}") from None
+        for name in ("GTP_NATIVE", "GTP_CUDA"):
+            if switch(name) == "ON":
+                raise SystemExit(f"{name}=1, and the native build is not possible: {reason}") from None
         warn(
             f"the native kernels are NOT built: {reason}.",
             "The package works without them: the reference on CPUs (slow), Triton on GPUs.",

@@ -491,7 +491,7 @@ std::vector<std::string> isas(bool runnable) {
 std::vector<std::string> cuda_architectures() {
   std::vector<std::string> names;
   std::istringstream list(GTP_CUDA_ARCHS);
-  for (std::string name; std::getline(list, name, ';');) {
+  for (std::string name; std::getline(list, name, ',');) {
     if (!name.empty()) names.push_back(name);
   }
   return names;

@@ -77,6 +77,8 @@ def text(data: dict[str, Any]) -> str:
     for op, by_device in data["ops"].items():
         for device, answers in by_device.items():
             for backend, reason in answers.items():
+                if reason is not None and reason == data["native"]["missing"]:
+                    reason = "the native library is missing (see above)"
                 lines.append(f"{op:<12} {device:<7} {backend:<10} {reason or 'yes'}")
     lines.append("")
     for name, meaning in VARIABLES.items():

@@ -15,8 +15,9 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libgtp_kernels.so")
 HOW_TO_BUILD = (
-    "install a C++17 compiler (Debian: apt-get install g++) and reinstall: "
-    "pip install --force-reinstall --no-deps --no-build-isolation gtp-kernels"
+    "install a C++17 compiler (Debian: apt-get install g++), then, past pip's cache of the pure-Python wheel: "
+    "pip cache remove gtp_kernels; GTP_NATIVE=1 pip install --force-reinstall --no-deps gtp-kernels "
+    "(in a checkout: . for gtp-kernels). GTP_NATIVE=1 makes pip say what else is missing"
 )
 
 
@@ -29,7 +30,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return (
-            f"{LIBRARY.name} does not load with torch {torch.__version__} (it needs torch 2.11 or later): {error}; "
+            f"{LIBRARY.name} does not load with torch {torch.__version__} (it needs torch 2.11 or later): "
+            f"{error.__cause__ or error}; "
             f"{HOW_TO_BUILD}"
         )
     return None
