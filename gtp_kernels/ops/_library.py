@@ -1,11 +1,14 @@
 """Registration of the operators: schemas, and the helpers that the op files share.
 
 With the native library, C++ has defined the operators already and holds their CPU kernels; without it they are
-defined here from the same ``schemas.txt`` and run the reference.
+defined here from the same ``schemas.txt`` and run the reference. The Triton kernels are operators of the same names and
+schemas in a namespace of their own, so that torch.compile sees through them to the kernels; they come into being when
+``gtp_kernels.triton`` is first needed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from torch import Tensor
 from gtp_kernels import native
 
 NAMESPACE = "gtp_kernels"
+TRITON_NAMESPACE = "gtp_kernels_triton"
 SCHEMAS = [
     line
     for line in Path(__file__).with_name("schemas.txt").read_text().splitlines()
     if line.strip() and not line.startswith("#")
 ]
 
+fakes: dict[str, Callable[..., Any]] = {}
+backwards: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 if native.missing is not None:
     for _schema in SCHEMAS:
@@ -35,13 +41,26 @@ def implement(name: str, kernel: Callable[..., Any], *, always: bool = False) ->
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the fake (meta) kernel of an operator."""
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
+    """Decorator: the fake (meta) kernel of an operator, in every namespace."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        fakes[name] = kernel
+        torch.library.register_fake(f"{NAMESPACE}::{name}", kernel, lib=_library)
+        return kernel
+
+    return register
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """The backward of an operator."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    """The backward of an operator, in every namespace: ``backward(ops, ctx, *grads)`` calls operators of ``ops``."""
+    backwards[name] = (backward, setup_context)
+    call = functools.partial(backward, getattr(torch.ops, NAMESPACE))
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", call, setup_context=setup_context, lib=_library)
+
+
+def operators(backend: str) -> Any:
+    """The namespace of operators that ``backend`` runs."""
+    return getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else NAMESPACE)
 
 
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:

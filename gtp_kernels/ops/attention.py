@@ -53,13 +53,14 @@ def attention_with_scores(
     """
     q, k, v = _library.autocast(q, k, v)
     sparsity, scale = checks.attention(q, k, v, token_scales, sparsity, scale, semantics)
-    if backends.choose("attention", q) == "reference":
+    backend = backends.choose("attention", q)
+    if backend == "reference":
         return reference.attention_with_scores(
             q, k, v, token_scales, sparsity=sparsity, scale=scale, semantics=semantics
         )
     if token_scales is not None:
         token_scales = token_scales.detach().to(definition.compute_dtype(q.dtype))
-    out, diag, colsum, cls_row = torch.ops.gtp_kernels.attention_with_scores(
+    out, diag, colsum, cls_row = _library.operators(backend).attention_with_scores(
         q, k, v, token_scales, sparsity, scale, semantics
     )
     return out, AttentionScores(diag, colsum, cls_row)
@@ -95,8 +96,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.gtp_kernels.attention_with_scores_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+def _backward(ops: Any, ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = ops.attention_with_scores_backward(grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
 
 

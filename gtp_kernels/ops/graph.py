@@ -42,9 +42,10 @@ def build_graph(
     height, width, num_neighbours, num_prefix = checks.embedded_tokens(
         x, grid_size, graph_type, num_neighbours, num_prefix, semantics
     )
-    if backends.choose("graph", x) == "reference":
+    backend = backends.choose("graph", x)
+    if backend == "reference":
         return reference.build_graph(x, (height, width), graph_type, num_neighbours, num_prefix, semantics)
-    indptr, indices, values = torch.ops.gtp_kernels.build_graph(
+    indptr, indices, values = _library.operators(backend).build_graph(
         x.detach(), height, width, graph_type, num_neighbours, num_prefix, semantics
     )
     token = torch.arange(height * width, dtype=torch.int32, device=x.device).repeat(x.shape[0], 1)

@@ -62,7 +62,8 @@ def propagate(
     alpha, prefix = check_propagate(
         x, weight, index_kept, index_prop, standard, alpha, token_scales, cls_token, num_prefix
     )
-    if backends.choose("propagate", x) == "reference":
+    backend = backends.choose("propagate", x)
+    if backend == "reference":
         if isinstance(weight, Tensor):
             weight = weight.detach()
         scales = None if token_scales is None else token_scales.detach()
@@ -70,7 +71,7 @@ def propagate(
     if x.device.type != "cpu":
         check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
     scales = _wide_scales(token_scales)
-    ops = torch.ops.gtp_kernels
+    ops = _library.operators(backend)
     try:
         if standard == "GraphProp" and isinstance(weight, Tensor):
             out, weight, scales_out = ops.propagate_dense(
@@ -131,7 +132,8 @@ def residual_propagate_norm(
         x, branch, graph, index_kept, index_prop, layer_scale, norm_weight, norm_bias, norm_eps, norm, standard, alpha,
         token_scales, num_prefix,
     )  # fmt: skip
-    if backends.choose("propagate", x) == "reference":
+    backend = backends.choose("propagate", x)
+    if backend == "reference":
         return reference.residual_propagate_norm(
             x, branch, graph, index_kept, index_prop, layer_scale=layer_scale, norm_weight=norm_weight,
             norm_bias=norm_bias, norm_eps=eps, norm=norm, standard=standard, alpha=alpha,
@@ -140,7 +142,7 @@ def residual_propagate_norm(
     if x.device.type != "cpu":
         check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
     try:
-        out, normed, token, scales_out = torch.ops.gtp_kernels.residual_propagate_norm(
+        out, normed, token, scales_out = _library.operators(backend).residual_propagate_norm(
             x, branch, layer_scale, *_graph_parts(graph, standard), index_kept, index_prop, _wide_scales(token_scales),
             norm_weight, norm_bias, eps, norm, standard, alpha, prefix,
         )  # fmt: skip
@@ -263,8 +265,8 @@ def _propagate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _propagate_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = torch.ops.gtp_kernels.propagate_backward(grad, *ctx.saved_tensors, *ctx.options)
+def _propagate_backward(ops: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = ops.propagate_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (grad_x, *(None,) * 10)
 
 
@@ -274,7 +276,7 @@ def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _dense_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _dense_backward(ops: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     weight, index_kept, index_prop = ctx.saved_tensors
     grad_x = dense_transpose(grad, weight, index_kept, index_prop, ctx.alpha, ctx.num_prefix)
     return (grad_x, *(None,) * 6)
@@ -302,7 +304,9 @@ def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _residual_backward(ctx: Any, grad_out: Tensor, grad_normed: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_backward(
+    ops: Any, ctx: Any, grad_out: Tensor, grad_normed: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
     branch, layer_scale, *graph, index_kept, index_prop, norm_weight, norm_bias, out = ctx.saved_tensors
     dtype = compute_dtype(out.dtype)
     grad = grad_out.to(dtype)
@@ -312,7 +316,7 @@ def _residual_backward(ctx: Any, grad_out: Tensor, grad_normed: Tensor, *_: Tens
             grad_normed.to(dtype), out.to(dtype), norm_weight, norm_bias, ctx.eps, ctx.norm
         )
         grad = grad + step
-    grad = torch.ops.gtp_kernels.propagate_backward(grad, *graph, index_kept, index_prop, *ctx.options)
+    grad = ops.propagate_backward(grad, *graph, index_kept, index_prop, *ctx.options)
     grad_branch = grad
     if layer_scale is not None:
         grad_scale = (grad * branch).sum((0, 1)).to(layer_scale.dtype)

@@ -40,9 +40,11 @@ def token_importance(
         TypeError, ValueError: an argument, named, with what may come.
     """
     num_prefix = check_importance(scores, standard, num_prefix, semantics)
-    if backends.choose("select", scores.diag) == "reference":
+    backend = backends.choose("select", scores.diag)
+    if backend == "reference":
         return reference.token_importance(scores, standard, num_prefix, semantics)
-    return torch.ops.gtp_kernels.token_importance(*(s.detach() for s in scores), standard, num_prefix, semantics)
+    ops = _library.operators(backend)
+    return ops.token_importance(*(s.detach() for s in scores), standard, num_prefix, semantics)
 
 
 def select_tokens(
@@ -63,10 +65,11 @@ def select_tokens(
         TypeError, ValueError: an argument, named, with what may come.
     """
     num_prop, num_prefix = check_select(importance, num_prop, num_prefix, order)
-    if backends.choose("select", importance) == "reference":
+    backend = backends.choose("select", importance)
+    if backend == "reference":
         return reference.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
     wide = importance.detach().to(compute_dtype(importance.dtype))
-    return torch.ops.gtp_kernels.select_tokens(wide, num_prop, num_prefix, order)
+    return _library.operators(backend).select_tokens(wide, num_prop, num_prefix, order)
 
 
 def select(
