@@ -11,6 +11,7 @@ import threading
 import warnings
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from gtp_kernels import native
@@ -25,14 +26,16 @@ class BackendWarning(UserWarning):
 
 
 class _State(threading.local):
-    forced: str | None = None
+    forced: tuple[str, ...] = ()
     recording: list[tuple[str, str]] | None = None
 
 
 _state = _State()
 _warned: set[str] = set()
-# What compiled code guards on: the last forced backend of any thread. The choice itself reads the thread's own.
-_guard: str | None = None
+_lock = threading.Lock()
+_active: list[str] = []
+# What compiled code guards on: the names forced in any thread now. The choice itself reads the thread's own.
+_guard = ""
 
 
 def _check_name(name: object, source: str) -> str:
@@ -52,27 +55,31 @@ class use_backend:  # noqa: N801  # a context manager named like a function, as 
         RuntimeError: at the first op that the backend cannot run, with the reason of every backend.
 
     Code under ``torch.compile`` keeps the backend that was forced when it was compiled, and is compiled anew when
-    another one is forced.
+    another one is forced. Enter the context outside of the compiled function; inside of it this raises. Threads that
+    force different backends at the same time should not share one compiled function.
     """
 
     def __init__(self, name: str) -> None:
         self.name = _check_name(name, "the backend")
-        self._outer: list[str | None] = []
 
     def __enter__(self) -> use_backend:
-        self._outer.append(_state.forced)
-        self._set(self.name)
+        global _guard
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend must be entered outside of the function that torch.compile traces")
+        _state.forced = (*_state.forced, self.name)
+        with _lock:
+            _active.append(self.name)
+            _guard = ",".join(sorted(_active))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._set(self._outer.pop())
-
-    @staticmethod
-    def _set(name: str | None) -> None:
         global _guard
-        _state.forced = _guard = name
+        _state.forced = _state.forced[:-1]
+        with _lock:
+            _active.remove(self.name)
+            _guard = ",".join(sorted(_active))
 
 
 class record:  # noqa: N801  # as above
@@ -93,8 +100,8 @@ class record:  # noqa: N801  # as above
 
 def forced() -> str | None:
     """The backend forced in this thread by :func:`use_backend`, else by ``GTP_KERNELS_BACKEND``, else None."""
-    if _state.forced is not None:
-        return _state.forced
+    if _state.forced:
+        return _state.forced[-1]
     variable = os.environ.get("GTP_KERNELS_BACKEND")
     return _check_name(variable, "GTP_KERNELS_BACKEND") if variable else None
 
@@ -121,7 +128,7 @@ def choose(op: str, tensor: Tensor) -> str:
     return _choose(_guard, op, tensor.device.type)
 
 
-def _choose(guard: str | None, op: str, device_type: str) -> str:
+def _choose(guard: str, op: str, device_type: str) -> str:
     backend = forced()
     if backend is not None:
         if refusal(backend, op, device_type) is not None:

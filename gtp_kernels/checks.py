@@ -47,21 +47,32 @@ def choice(name: str, value: object, options: Iterable[str]) -> str:
 
 def integer(name: str, value: object, low: int = 0) -> int:
     """``value`` if it is an integer of at least ``low`` (a bool is not one; a symbolic size is)."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # a symbolic size while tracing
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+    if isinstance(value, bool | Tensor):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    result = value.__index__()
-    if result < low:
-        raise ValueError(f"{name} must be at least {low}; got {result}")
-    return int(result)
+    if not isinstance(value, int | torch.SymInt):  # both come first: a tracer knows them, and little else
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+        value = int(value.__index__())
+    if not low <= value < 2**31:
+        limit = f"at least {low}" if value < low else f"below {2**31}"
+        raise ValueError(f"{name} must be {limit}; got {value}")
+    return value  # type: ignore[return-value]  # a symbolic size while tracing
 
 
 def number(name: str, value: object) -> float:
     """``value`` as a finite float."""
-    if isinstance(value, bool | Tensor | str) or not hasattr(value, "__float__"):
+    if isinstance(value, bool | Tensor | str):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    result = float(value)
+    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        value = float(value)
+    if torch.compiler.is_compiling():
+        return value  # type: ignore[return-value]  # may be symbolic: its value is not known while tracing
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite; got {result}")
     return result
@@ -108,9 +119,9 @@ def shape_is(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -
 
 def prefix(num_prefix: object, cls_token: object, num_tokens: int, name: str = "x") -> int:
     """The number of prefix tokens R: ``num_prefix`` where given, else 1 or 0 by ``cls_token``."""
-    if num_prefix is None:
-        if not isinstance(cls_token, bool):
-            raise TypeError(f"cls_token must be a bool; got {type(cls_token).__name__}")
+    if cls_token is not None and not isinstance(cls_token, bool):
+        raise TypeError(f"cls_token must be a bool; got {type(cls_token).__name__}")
+    if num_prefix is None and cls_token is not None:
         result = int(cls_token)
     else:
         result = integer("num_prefix", num_prefix)
@@ -135,6 +146,8 @@ def index(name: str, value: object, batch: int) -> Tensor:
         raise TypeError(f"{name} must be an int64 tensor [B, tokens]; got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64; got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor; got layout {value.layout}")
     if value.ndim != 2 or value.shape[0] != batch:
         raise ValueError(f"{name} must have shape [B, tokens] with B = {batch}; got {tuple(value.shape)}")
     return value
@@ -211,9 +224,16 @@ def tokens_and_indices(
 
 
 def graph(
-    indptr: Tensor, indices: Tensor, values: Tensor, token: Tensor, batch: int, num_image_tokens: int, device: object
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    token: Tensor,
+    batch: int,
+    num_image_tokens: int,
+    device: object,
+    owner: str,
 ) -> None:
-    """The parts of a TokenGraph, for ``batch`` images of ``num_image_tokens`` current rows."""
+    """The parts of the TokenGraph ``owner``, for ``batch`` images of ``num_image_tokens`` current rows."""
     for name, tensor, dtype in (
         ("indptr", indptr, torch.int32),
         ("indices", indices, torch.int32),
@@ -221,18 +241,20 @@ def graph(
         ("token", token, torch.int32),
     ):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"weight.{name} must be a tensor; got {type(tensor).__name__}")
+            raise TypeError(f"{owner}.{name} must be a tensor; got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{owner}.{name} must be a dense (strided) tensor; got layout {tensor.layout}")
         if tensor.dtype != dtype:
-            raise TypeError(f"weight.{name} must be {dtype}; got {tensor.dtype}")
+            raise TypeError(f"{owner}.{name} must be {dtype}; got {tensor.dtype}")
         if tensor.ndim != 2 or tensor.shape[0] != batch:
-            raise ValueError(f"weight.{name} must be [B, any] with B = {batch}; got shape {tuple(tensor.shape)}")
+            raise ValueError(f"{owner}.{name} must be [B, any] with B = {batch}; got shape {tuple(tensor.shape)}")
         if tensor.device != device:
-            raise ValueError(f"weight.{name} must be on the device of x, {device}; got {tensor.device}")
-    shape_is("weight.values", values, indices.shape, "that of weight.indices")
-    shape_is("weight.token", token, (batch, num_image_tokens), "[B, n]")
+            raise ValueError(f"{owner}.{name} must be on the device of x, {device}; got {tensor.device}")
+    shape_is(f"{owner}.values", values, indices.shape, f"that of {owner}.indices")
+    shape_is(f"{owner}.token", token, (batch, num_image_tokens), "[B, n]")
     if indptr.shape[1] < num_image_tokens + 1:
         raise ValueError(
-            f"weight.indptr must be [B, original tokens + 1] for at least {num_image_tokens} tokens; "
+            f"{owner}.indptr must be [B, original tokens + 1] for at least {num_image_tokens} tokens; "
             f"got shape {tuple(indptr.shape)}"
         )
 
@@ -263,7 +285,9 @@ def embedded_tokens(
             f"got {height} x {width} = {height * width}"
         )
     neighbours = integer("num_neighbours", num_neighbours)
-    if neighbours >= num_image_tokens and graph_type != "Spatial":
+    if graph_type == "Spatial":
+        return height, width, 0, count
+    if neighbours >= num_image_tokens:
         raise ValueError(
             f"num_neighbours must be in [0, {num_image_tokens}) for {num_image_tokens} image tokens; got {neighbours}"
         )

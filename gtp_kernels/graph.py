@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 class TokenGraph:
     """One CSR per image over the original image tokens, and the view of the current rows.
 
+    Made by :func:`gtp_kernels.build_graph` or :meth:`from_dense`; the constructor takes its parts as they are, and the
+    ops check them when they use them.
+
     Attributes:
         indptr: int32 [B, n+1]; row i of image b owns the edges ``indptr[b, i]:indptr[b, i+1]``. A row may be empty.
         indices: int32 [B, E]; the column (original token) of each edge, ascending within a row. E is fixed by the
@@ -47,7 +50,10 @@ class TokenGraph:
         return torch.searchsorted(self.indptr[:, 1:].contiguous(), slots, right=True)
 
     def to_dense(self) -> Tensor:
-        """float32 [B, m, m]: the weights among the current rows, zero where there is no edge."""
+        """float32 [B, m, m]: the weights among the current rows, zero where there is no edge.
+
+        Trusts the contents of the CSR; RuntimeError where they index outside of it.
+        """
         n, batch = self.num_tokens, self.indptr.shape[0]
         cells = self.edge_rows() * n + self.indices.long()
         dense = self.values.new_zeros(batch, (n + 1) * n + 1)
@@ -59,7 +65,9 @@ class TokenGraph:
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> TokenGraph:
-        """The graph of the non-zero entries of ``dense`` [B, n, n] (any floating dtype); E is the most of any image.
+        """The graph of the non-zero entries of ``dense`` [B, n, n], any floating dtype, rounded to float32.
+
+        E is the most of any image; finding it waits for the device. The graph carries no gradient.
 
         Raises:
             TypeError, ValueError: ``dense`` is not a floating-point tensor [B, n, n].
@@ -68,6 +76,7 @@ class TokenGraph:
 
         checks.floating("dense", dense, 3, "[B, n, n]")
         checks.shape_is("dense", dense, (dense.shape[0], dense.shape[1], dense.shape[1]), "[B, n, n]")
+        dense = dense.detach()
         edges = (dense != 0).flatten(1)
         most = int(edges.sum(1).max()) if dense.numel() else 0
         return cls._from_edges(edges, dense, most)

@@ -277,3 +277,25 @@ def test_no_tokens_is_an_error(backend: str) -> None:
     q = torch.zeros(1, 2, 0, 4)
     with pytest.raises(ValueError, match="at least one token"):
         gtp_kernels.attention_with_scores(q, q, q)
+
+
+def test_higher_order_and_forward_mode_are_refused_not_wrong(cpu_backend: str) -> None:
+    q, k, v, _ = inputs((1, 2, 9, 4), torch.float64)
+    q.requires_grad_()
+    out, _ = gtp_kernels.attention_with_scores(q, k, v)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        torch.func.jvp(lambda q: gtp_kernels.attention_with_scores(q, k, v)[0], (q,), (torch.ones_like(q),))
+
+
+def test_compile_dynamic(backend: str) -> None:
+    def step(q: Tensor) -> Tensor:
+        return gtp_kernels.attention_with_scores(q, q, q, sparsity=0.6)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 2, 17, 8), (3, 2, 21, 8)):
+        q = inputs(shape)[0]
+        close(compiled(q), step(q))

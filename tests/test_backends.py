@@ -180,3 +180,32 @@ def test_the_public_names_are_a_promise() -> None:
     for name in gtp_kernels.__all__:
         assert getattr(gtp_kernels, name).__doc__, name
     assert (Path(gtp_kernels.__file__).parent / "py.typed").exists()
+
+
+def test_forcing_inside_compiled_code_is_an_error_not_ignored() -> None:
+    def step(q: torch.Tensor) -> torch.Tensor:
+        with gtp_kernels.use_backend("reference"):
+            return gtp_kernels.attention_with_scores(q, q, q)[0]
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="outside of the function that torch.compile traces"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(Q)
+
+
+def test_another_thread_does_not_undo_the_guard_of_compiled_code() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q: gtp_kernels.attention_with_scores(q, q, q)[0], fullgraph=True, backend="aot_eager"
+    )
+    compiled(Q)
+
+    def other() -> None:
+        with gtp_kernels.use_backend("cpu"):
+            pass
+
+    with gtp_kernels.use_backend("reference"), backends.record() as ran:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        compiled(Q)
+    assert {name for _, name in ran} == {"reference"}

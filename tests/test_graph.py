@@ -199,3 +199,12 @@ def test_from_dense_bad_input() -> None:
         TokenGraph.from_dense(torch.zeros(1, 3, 4))
     with pytest.raises(TypeError, match="dense must be float32"):
         TokenGraph.from_dense(torch.zeros(1, 3, 3, dtype=torch.bool))
+
+
+def test_spatial_does_not_look_at_the_number_of_neighbours(backend: str) -> None:
+    graph = gtp_kernels.build_graph(embedded(1, 5), (2, 2), "Spatial")
+    assert graph.indices.shape == (1, 12)
+
+
+def test_from_dense_carries_no_gradient() -> None:
+    assert not TokenGraph.from_dense(torch.ones(1, 2, 2, requires_grad=True)).values.requires_grad

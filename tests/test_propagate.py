@@ -140,19 +140,6 @@ def test_strided_input(backend: str) -> None:
     check_step(x.float(), wide, kept, prop, "GraphProp", 0.2, scales, 1)
 
 
-def test_no_nan_comes_out_of_none(backend: str) -> None:
-    # A NaN in one propagated token reaches its neighbours, and no other row.
-    x, graph, kept, prop, _ = case()
-    x = x.float()
-    x[0, int(prop[0, 0])] = math.nan
-    out, _, _ = gtp_kernels.propagate(x, graph, kept, prop, "GraphProp", 0.2)
-    theirs, _, _ = reference.propagate(x.nan_to_num(0.0), graph, kept, prop, "GraphProp", 0.2)
-    touched = graph.to_dense()[0][kept[0] - 1, int(prop[0, 0]) - 1] != 0
-    if backend != "reference":  # the dense product of the definition multiplies NaN by zero
-        assert torch.equal(out[0, 1:].isnan().any(1), touched)
-    close(out[1], theirs[1])
-
-
 @given(
     n=st.sampled_from([9, 16, 35]),
     share=st.floats(0, 1),
@@ -394,9 +381,17 @@ def test_bad_graph_and_residual_input(backend: str) -> None:
         gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, norm="batch")
     with pytest.raises(TypeError, match="graph must be a TokenGraph or None"):
         gtp_kernels.residual_propagate_norm(x, x, graph.to_dense(), kept, prop)
+    with pytest.raises(TypeError, match="graph must be a TokenGraph where"):
+        gtp_kernels.residual_propagate_norm(x, x, None, kept, prop)
+    with pytest.raises(ValueError, match="norm_eps must be at least 0"):
+        gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, norm_eps=-1.0)
+    with pytest.raises(TypeError, match="num_prefix must be an int; got NoneType"):
+        gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, num_prefix=None)
+    with pytest.raises(TypeError, match="index_kept must be a dense"):
+        gtp_kernels.propagate(x, graph, kept.to_sparse(), prop)
 
 
-def test_a_corrupt_graph_is_refused_and_reads_nothing_outside(cpu_backend: str) -> None:
+def test_a_corrupt_graph_is_refused_and_reads_nothing_outside(backend: str) -> None:
     x, graph, kept, prop, _ = case(n=16, num_prop=4)
     x = x.float()
     for corrupt in (
@@ -405,5 +400,64 @@ def test_a_corrupt_graph_is_refused_and_reads_nothing_outside(cpu_backend: str) 
         TokenGraph(graph.indptr + 100000, graph.indices, graph.values, graph.token),
         TokenGraph(graph.indptr.flip(1), graph.indices, graph.values, graph.token),
     ):
-        with pytest.raises(RuntimeError, match="indptr|indices"):
+        with pytest.raises(ValueError, match="weight.ind|differences of weight.indptr"):
             gtp_kernels.propagate(x, corrupt, kept, prop)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_second_order_gradients(backend: str, dense: bool) -> None:
+    x, graph, kept, prop, _ = case(n=9, num_prop=3, channels=3)
+    weight = graph.to_dense() if dense else graph
+
+    def squared(x: Tensor) -> Tensor:
+        return gtp_kernels.propagate(x, weight, kept, prop)[0] ** 2
+
+    assert torch.autograd.gradgradcheck(squared, [x.requires_grad_()])
+
+
+def test_second_order_gradients_of_the_residual_step(backend: str) -> None:
+    x, graph, kept, prop, _ = case(n=9, num_prop=3, channels=3)
+    weight = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        out, normed, _, _ = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, norm_weight=weight)
+        return out * normed
+
+    assert torch.autograd.gradgradcheck(step, [x.requires_grad_(), weight.requires_grad_()])
+
+
+def test_forward_mode_is_refused_not_dropped(cpu_backend: str) -> None:
+    x, graph, kept, prop, _ = case()
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        torch.func.jvp(lambda x: gtp_kernels.propagate(x, graph, kept, prop)[0], (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        torch.func.jvp(
+            lambda x: gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop)[0], (x,), (torch.ones_like(x),)
+        )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_reaches_neighbours_only(backend: str, dense: bool, value: float) -> None:
+    x, graph, kept, prop, scales = case()
+    x, leaver = x.float(), int(prop[0, 0])
+    x[0, leaver] = value
+    scales[0, leaver] = value
+    weight = graph.to_dense() if dense else graph
+    out, _, new_scales = gtp_kernels.propagate(x, weight, kept, prop, "GraphProp", 0.2, scales)
+    touched = graph.to_dense()[0][kept[0] - 1, leaver - 1] != 0
+    assert torch.equal(~out[0, 1:].isfinite().any(1), touched)
+    assert torch.equal(~new_scales[0, 1:].isfinite(), touched)
+    assert out[1].isfinite().all()
+
+
+def test_compile_with_symbolic_sizes_and_alpha(backend: str) -> None:
+    x, graph, kept, prop, _ = case()
+
+    def step(x: Tensor, alpha: float) -> Tensor:
+        return gtp_kernels.propagate(x, graph, kept, prop, alpha=alpha)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for alpha in (0.1, 0.2, 0.3):
+        close(compiled(x, alpha), step(x, alpha))

@@ -221,3 +221,23 @@ def test_bad_scores(backend: str) -> None:
         gtp_kernels.token_importance(AttentionScores(good.half(), good.half(), good.half()))
     with pytest.raises(ValueError, match="order must be one of importance, grid"):
         gtp_kernels.select_tokens(good[0], 1, order="up")
+
+
+@pytest.mark.no_op_runs
+def test_bad_generator_and_prefix(backend: str) -> None:
+    with pytest.raises(TypeError, match="generator must be a torch.Generator"):
+        gtp_kernels.select(torch.zeros(1, 2, 9, 9), "Random", 2, generator=5)
+    with pytest.raises(TypeError, match="cls_token must be a bool"):
+        gtp_kernels.select(torch.zeros(1, 2, 9, 9), "Random", 2, "no", num_prefix=1)
+    with pytest.raises(ValueError, match="num_prefix must be below"):
+        gtp_kernels.select_tokens(torch.zeros(1, 9), 2, num_prefix=2**62)
+
+
+def test_compile_with_a_changing_number(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda weight, num_prop: gtp_kernels.select(weight, num_prop=num_prop)[0], fullgraph=True, backend="aot_eager"
+    )
+    weight = attention(2, 2, 17)
+    for num_prop in (1, 2, 5):
+        assert torch.equal(compiled(weight, num_prop), gtp_kernels.select(weight, num_prop=num_prop)[0])

@@ -153,7 +153,7 @@ struct PropagateBackwardParams {
   void* grad_x = nullptr;  // the type of grad
 };
 
-// x_out as in propagate with a dense weight [B, n, n], no entry skipped; weight_out = weight[kept][:, kept].
+// x_out as in propagate with a dense weight [B, n, n], whose zeros are no edges; weight_out = weight[kept][:, kept].
 struct PropagateDenseParams {
   Rows x;
   const void* weight = nullptr;

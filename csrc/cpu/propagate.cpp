@@ -453,13 +453,18 @@ void run_dense(const PropagateDenseParams& p, const Parallel& parallel) {
         return *load_row(p.weight, p.weight_dtype, offset, 1, 1, &value);
       };
       if (r >= p.prefix && p.prop > 0) {
+        bool any = false;
         for (int64_t j = 0; j < p.prop; ++j) {
-          const A* source = load_row(p.x, b, index_prop[j], p.channels, source_row);
-          add_row(total, source, weight_at(index_prop[j]), p.channels, j == 0);
+          const A weight = weight_at(index_prop[j]);
+          if (weight == 0) continue;
+          add_row(total, load_row(p.x, b, index_prop[j], p.channels, source_row), weight, p.channels, !any);
+          any = true;
         }
-        const A alpha = static_cast<A>(p.alpha);
-        for (int64_t c = 0; c < p.channels; ++c) total[c] = y[c] + alpha * total[c];
-        y = total;
+        if (any) {
+          const A alpha = static_cast<A>(p.alpha);
+          for (int64_t c = 0; c < p.channels; ++c) total[c] = y[c] + alpha * total[c];
+          y = total;
+        }
       }
       store_row(y, p.x_out, p.x.dtype, at * p.channels, p.channels);
     }
@@ -497,7 +502,8 @@ void dense_scales(const PropagateDenseParams& p, const Parallel& parallel) {
           S value{};
           const int64_t offset =
               b * p.stride_weight[0] + (row - p.prefix) * p.stride_weight[1] + (column - p.prefix) * p.stride_weight[2];
-          total += *load_row(p.weight, p.weight_dtype, offset, 1, 1, &value) * scales[column];
+          const S weight = *load_row(p.weight, p.weight_dtype, offset, 1, 1, &value);
+          if (weight != 0) total += weight * scales[column];
         }
         target[p.prefix + k] = p.prop > 0 ? scales[row] + static_cast<S>(p.alpha) * total : scales[row];
       }

@@ -63,6 +63,18 @@ def operators(backend: str) -> Any:
     return getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else NAMESPACE)
 
 
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """An error where a tensor carries a forward-mode tangent, which an operator would drop without a word."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "the fused operators have reverse-mode gradients only; for forward mode (jvp) use the plain PyTorch "
+                "definition: with gtp_kernels.use_backend('reference')"
+            )
+
+
 def absent(like: Tensor, dtype: torch.dtype) -> Tensor:
     """The empty tensor [0] that stands for a result that does not apply."""
     return like.new_empty(0, dtype=dtype)

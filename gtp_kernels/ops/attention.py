@@ -34,7 +34,7 @@ def attention_with_scores(
 
     Args:
         q, k, v: [B, H, N, d], one floating dtype, any strides.
-        token_scales: [B, N], any floating dtype, used in the arithmetic's type; None is all ones.
+        token_scales: [B, N], not negative, any floating dtype, used in the arithmetic's type; None is all ones.
         sparsity: θ in (0, 1], the share of the map that stays.
         scale: factor of the logits; None is ``d ** -0.5``.
         semantics: ``official`` or ``paper``; here it changes the threshold only.
@@ -44,8 +44,9 @@ def attention_with_scores(
         :class:`AttentionScores` (diag, colsum, cls_row), each [B, H, N] float32 (float64 for float64 input), of the map
         that multiplied v. ``colsum`` counts all N queries.
 
-    Gradients reach q, k and v through out; scores and token scales are not differentiable. The backward recomputes
-    the map. Under autocast, q, k and v are cast as scaled_dot_product_attention's are.
+    Gradients reach q, k and v through out, reverse mode and first order (the backend ``reference`` has the others);
+    scores and token scales are not differentiable. The backward recomputes the
+    map. Under autocast, q, k and v are cast as scaled_dot_product_attention's are.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value, named.
@@ -58,6 +59,7 @@ def attention_with_scores(
         return reference.attention_with_scores(
             q, k, v, token_scales, sparsity=sparsity, scale=scale, semantics=semantics
         )
+    _library.refuse_forward_mode(q, k, v)
     if token_scales is not None:
         token_scales = token_scales.detach().to(definition.compute_dtype(q.dtype))
     out, diag, colsum, cls_row = _library.operators(backend).attention_with_scores(
@@ -101,6 +103,13 @@ def _backward(ops: Any, ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor 
     return (*grads, None, None, None, None)
 
 
+def _no_second_order(ops: Any, ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "attention_with_scores is differentiable once; for second-order gradients use the plain PyTorch definition: "
+        "with gtp_kernels.use_backend('reference')"
+    )
+
+
 def _reference_kernel(
     q: Tensor, k: Tensor, v: Tensor, token_scales: Tensor | None, sparsity: float, scale: float, semantics: str
 ) -> tuple[Tensor, ...]:
@@ -113,3 +122,4 @@ def _reference_kernel(
 _library.implement("attention_with_scores", _reference_kernel)
 _library.implement("attention_with_scores_backward", definition.attention_with_scores_backward, always=True)
 _library.autograd("attention_with_scores", _backward, _setup_context)
+_library.autograd("attention_with_scores_backward", _no_second_order, lambda ctx, inputs, output: None)

@@ -42,7 +42,8 @@ def propagate(
     Args:
         x: [B, N, C], any floating dtype, prefix tokens first.
         weight: Â of the current image tokens, dense [B, n, n] or a TokenGraph; only ``GraphProp`` reads it.
-        index_kept, index_prop: int64 [B, n - P] and [B, P], indices into x (prefix counted), dividing the image tokens.
+        index_kept, index_prop: int64 [B, n - P] and [B, P], indices into x (prefix counted). Each image token is in one
+            of them, once: their range is checked, that they divide the tokens is not.
         standard: ``GraphProp``; ``None`` drops; ``Mean`` appends the mean of the propagated tokens, with the sum of
             their scales (P = 0 appends nothing).
         alpha: α.
@@ -54,7 +55,8 @@ def propagate(
         (x, weight, token_scales): prefix rows, then the kept rows in the order of ``index_kept``; the weight of the
         remaining tokens, of the kind that came in, nothing renormalised; the scales in their dtype, or None.
 
-    The gradient reaches x only.
+    The gradient reaches x only, in reverse mode. A weight of zero is no edge: what is not finite in a token stays with
+    its neighbours.
 
     Raises:
         TypeError, ValueError: an argument, named, with what may come (index values are looked at on the CPU only).
@@ -68,6 +70,7 @@ def propagate(
             weight = weight.detach()
         scales = None if token_scales is None else token_scales.detach()
         return reference.propagate(x, weight, index_kept, index_prop, standard, alpha, scales, num_prefix=prefix)
+    _library.refuse_forward_mode(x)
     if x.device.type != "cpu":
         check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
     scales = _wide_scales(token_scales)
@@ -117,8 +120,9 @@ def residual_propagate_norm(
         index_kept, index_prop, standard, alpha, token_scales, num_prefix: as in :func:`propagate`.
         layer_scale: [C] or None (one).
         norm_weight, norm_bias: [C] or None.
-        norm_eps: ε of the norm.
-        norm: ``layer`` (LayerNorm over C), ``rms`` (root mean square, no bias) or ``none``.
+        norm_eps: ε ≥ 0 of the norm.
+        norm: ``layer``, (x - mean) / sqrt(var + ε) · weight + bias over C; ``rms``, x / sqrt(mean(x²) + ε) · weight; or
+            ``none``.
 
     Returns:
         (x, normed, graph, token_scales); normed is None where ``norm`` is ``none``. It is computed from the rounded x.
@@ -139,6 +143,7 @@ def residual_propagate_norm(
             norm_bias=norm_bias, norm_eps=eps, norm=norm, standard=standard, alpha=alpha,
             token_scales=None if token_scales is None else token_scales.detach(), num_prefix=prefix,
         )  # fmt: skip
+    _library.refuse_forward_mode(x, branch, layer_scale, norm_weight, norm_bias)
     if x.device.type != "cpu":
         check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
     try:
@@ -268,6 +273,18 @@ def _propagate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _propagate_backward(ops: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = ops.propagate_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (grad_x, *(None,) * 10)
+
+
+def _transpose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.options = inputs[7:]
+
+
+def _transpose_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The transpose of the transpose: the propagation itself."""
+    *arguments, index_kept, index_prop = ctx.saved_tensors
+    out, _, _ = ops.propagate(grad, *arguments, index_kept, index_prop, None, *ctx.options)
+    return (out, *(None,) * 9)
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -402,5 +419,6 @@ _library.implement("propagate_dense", _dense_kernel)
 _library.implement("propagate_backward", propagate_backward)
 _library.implement("residual_propagate_norm", _residual_kernel)
 _library.autograd("propagate", _propagate_backward, _propagate_setup)
+_library.autograd("propagate_backward", _transpose_backward, _transpose_setup)
 _library.autograd("propagate_dense", _dense_backward, _dense_setup)
 _library.autograd("residual_propagate_norm", _residual_backward, _residual_setup)

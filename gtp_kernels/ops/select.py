@@ -103,7 +103,7 @@ def select(
     Raises:
         TypeError, ValueError: an argument, named, with what may come.
     """
-    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics)
+    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
     if standard == "Random":
         importance = random_importance(weight, prefix, generator)
     elif standard in checks.MAP_STANDARDS:

@@ -59,10 +59,9 @@ def _propagate(
         dense = weight.to_dense() if isinstance(weight, TokenGraph) else weight
         rows = take_rows(dense, index_kept - prefix)
         to_kept = rows.gather(2, (index_prop - prefix).unsqueeze(1).expand(-1, rows.shape[1], -1))
-        kept = kept + alpha * (to_kept.to(kept.dtype) @ prop)
+        kept = kept + alpha * over_edges(to_kept, prop)
         if scales_kept is not None and scales_prop is not None:
-            moved = to_kept.to(scales_kept.dtype) @ scales_prop.unsqueeze(-1)
-            scales_kept = scales_kept + alpha * moved.squeeze(-1)
+            scales_kept = scales_kept + alpha * over_edges(to_kept, scales_prop.unsqueeze(-1)).squeeze(-1)
         if isinstance(weight, TokenGraph):
             weight_out = weight.with_token(weight.token.gather(1, index_kept - prefix))
         else:
@@ -71,6 +70,19 @@ def _propagate(
     if token_scales is None or scales is None or scales_kept is None:
         return out, weight_out, None
     return out, weight_out, torch.cat((scales[:, :prefix], scales_kept), 1).to(token_scales.dtype)
+
+
+def over_edges(weight: Tensor, x: Tensor) -> Tensor:
+    """Σ_j weight_ij x_j over the edges; weight [B, K, P], x [B, P, C] -> [B, K, C].
+
+    A weight of zero is no edge: what is infinite or NaN in x stays with its neighbours, as it does in a sparse graph.
+    """
+    weight = weight.to(x.dtype)
+    total = x.new_zeros(weight.shape[0], weight.shape[1], x.shape[2])
+    for j in range(weight.shape[2]):
+        edge = weight[:, :, j, None]
+        total = total + torch.where(edge != 0, edge * x[:, j, None], 0.0)
+    return total
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -88,6 +100,7 @@ def check_propagate(
     token_scales: Tensor | None,
     cls_token: bool | None,
     num_prefix: int | None,
+    name: str = "weight",
 ) -> tuple[float, int]:
     """Checks the arguments of ``propagate``; returns (alpha, number of prefix tokens)."""
     checks.floating("x", x, 3, "[B, N, C]")
@@ -98,15 +111,13 @@ def check_propagate(
     if standard == "GraphProp":
         batch, n = x.shape[0], x.shape[1] - prefix
         if isinstance(weight, TokenGraph):
-            checks.graph(weight.indptr, weight.indices, weight.values, weight.token, batch, n, x.device)
+            checks.graph(weight.indptr, weight.indices, weight.values, weight.token, batch, n, x.device, name)
         elif isinstance(weight, Tensor):
             checks.dense_graph(weight, batch, n)
             checks.same_device(x=x, weight=weight)
         else:
-            raise TypeError(
-                "weight must be a TokenGraph or a tensor [B, n, n] where standard is 'GraphProp'; "
-                f"got {type(weight).__name__}"
-            )
+            kinds = "a TokenGraph" if name == "graph" else "a TokenGraph or a tensor [B, n, n]"
+            raise TypeError(f"{name} must be {kinds} where standard is 'GraphProp'; got {type(weight).__name__}")
     return alpha, prefix
 
 
@@ -118,6 +129,9 @@ def check_index_values(
     checks.index_range("index_prop", index_prop, prefix, num_tokens)
     if isinstance(weight, TokenGraph):
         checks.index_range("weight.token", weight.token, 0, weight.num_tokens)
+        checks.index_range("weight.indices", weight.indices, 0, weight.num_tokens)
+        checks.index_range("weight.indptr", weight.indptr, 0, weight.indices.shape[1] + 1)
+        checks.index_range("the differences of weight.indptr", weight.indptr.diff(dim=1), 0, weight.num_tokens + 1)
 
 
 def residual_propagate_norm(
@@ -182,7 +196,9 @@ def check_residual(
     """Checks the arguments of ``residual_propagate_norm``; returns (alpha, number of prefix tokens, eps)."""
     if isinstance(graph, Tensor):
         raise TypeError("graph must be a TokenGraph or None; got a tensor (TokenGraph.from_dense makes one of it)")
-    alpha, prefix = check_propagate(x, graph, index_kept, index_prop, standard, alpha, token_scales, None, num_prefix)
+    alpha, prefix = check_propagate(
+        x, graph, index_kept, index_prop, standard, alpha, token_scales, None, num_prefix, "graph"
+    )
     checks.floating("branch", branch, 3, "[B, N, C]")
     checks.shape_is("branch", branch, x.shape, "that of x")
     checks.choice("norm", norm, checks.NORMS)
@@ -196,7 +212,10 @@ def check_residual(
     if x.shape[2] == 0:
         raise ValueError(f"x must have at least one channel; got shape {tuple(x.shape)}")
     checks.same_device(x=x, branch=branch, **vectors)
-    return alpha, prefix, checks.number("norm_eps", norm_eps)
+    eps = checks.number("norm_eps", norm_eps)
+    if eps < 0:
+        raise ValueError(f"norm_eps must be at least 0; got {eps}")
+    return alpha, prefix, eps
 
 
 def graph_of(

@@ -17,7 +17,7 @@ def token_importance(
 ) -> Tensor:
     """The definition of :func:`gtp_kernels.token_importance`."""
     num_prefix = check_importance(scores, standard, num_prefix, semantics)
-    diag, colsum, cls_row = (tensor[:, :, num_prefix:] for tensor in scores)
+    diag, colsum, cls_row = (tensor[:, :, num_prefix:].detach() for tensor in scores)
     if semantics == "paper":
         colsum = colsum - diag
 
@@ -83,7 +83,7 @@ def select(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`gtp_kernels.select`."""
-    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics)
+    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
     if standard == "Random":
         importance = random_importance(weight, prefix, generator)
     elif standard in checks.MAP_STANDARDS:
@@ -102,6 +102,7 @@ def check_select_source(
     cls_token: bool,
     num_prefix: int | None,
     semantics: str,
+    generator: object,
 ) -> int:
     """Checks the arguments of ``select``; returns the number of prefix tokens."""
     checks.choice("standard", standard, checks.STANDARDS)
@@ -125,6 +126,8 @@ def check_select_source(
             f"got cls_token={cls_token}, num_prefix={num_prefix}"
         )
     checks.num_prop(num_prop, num_tokens - prefix)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
     return prefix
 
 

@@ -48,7 +48,7 @@ def patch(
     device stay. What one forward knows travels in arguments, never on a module: one patched model serves several
     threads, and it can be copied, pickled, compiled and moved. The layer scale and second norm of a block run inside
     the fused step, unless they carry hooks. With P = 0 everywhere and θ = 1 the model computes what it did before,
-    bit for bit.
+    bit for bit. Hooks on a block see the tuple (x, state) that it hands on, those on its attention (out, scores).
 
     Args:
         model: a model built on ``timm.models.vision_transformer.VisionTransformer``.
@@ -69,7 +69,8 @@ def patch(
     Raises:
         TypeError: a model, block or attention of a class that is not supported, or an option of the wrong kind.
         ValueError: a model that is patched already; active patch or attention dropout; an option out of range or
-            unknown; P or M that does not fit the model's nominal input size; CLS selection without a class token.
+            unknown; P or M that does not fit the model's nominal input size; CLS selection without a class token. The
+            forward raises it for an input size at which P or M does not fit, for a mask, and for causal attention.
         ImportError: a timm that is too old.
     """
     config = GTPConfig(

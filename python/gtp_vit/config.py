@@ -130,7 +130,7 @@ class GTPConfig:
 
 def _num_prop(value: object) -> int | tuple[int, ...]:
     if isinstance(value, str) or (isinstance(value, Iterable) and not _is_scalar(value)):
-        if isinstance(value, str | dict | set | frozenset):
+        if isinstance(value, str | bytes | bytearray | dict | set | frozenset):
             raise TypeError(f"num_prop must be an int, or a sequence of one int per block; got {type(value).__name__}")
         entries = value.tolist() if hasattr(value, "tolist") else value
         return tuple(checks.integer(f"num_prop[{block}]", entry) for block, entry in enumerate(entries))

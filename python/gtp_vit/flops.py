@@ -6,6 +6,7 @@ gathers are not, neither here nor there.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,9 +135,9 @@ def register_formulas() -> None:
     ]
     targets += [(torch.ops.gtp_kernels, name, formula) for name, formula in FORMULAS.items()]
     for namespace, name, formula in targets:
-        operator = getattr(namespace, name, None)
-        if operator is not None and operator not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(operator)(formula)
+        target = getattr(namespace, name, None)
+        if target is not None and target not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(target)(formula)
 
 
 def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> float:
@@ -148,10 +149,15 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
         example_or_size: a batch [B, 3, H, W], or the image size as one number or (H, W), for which one image of noise
             in the model's dtype and on its device is made.
 
+    Returns:
+        GMACs of one image, as the backend that runs does them: the reference counts a little more than a fused kernel.
+
     Raises:
         ValueError: a size below 1, or an empty batch.
-        TypeError: neither a tensor nor a size.
+        TypeError: not a module; neither a tensor nor a size.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     if isinstance(example_or_size, Tensor):
         example = example_or_size
     else:
@@ -176,16 +182,17 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
 
 
 def _noise(model: nn.Module, size: int | tuple[int, int]) -> Tensor:
-    height, width = (size, size) if isinstance(size, int) else _pair(size)
+    height, width = _pair(size)
     if height < 1 or width < 1:
         raise ValueError(f"example_or_size: sizes start at 1, got {(height, width)}")
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, height, width, generator=generator)
+    image = torch.randn(1, 3, height, width, generator=generator, device="cpu")
     return image.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _pair(size: object) -> tuple[int, int]:
-    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
-        return size[0], size[1]
-    raise TypeError(f"example_or_size: expected a tensor, an int or (height, width), got {size!r}")
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or any(isinstance(side, (bool, Tensor)) or not hasattr(side, "__index__") for side in sides):
+        raise TypeError(f"example_or_size: expected a tensor, an int or (height, width), got {size!r}")
+    return operator.index(sides[0]), operator.index(sides[1])

@@ -2,6 +2,8 @@
 
 What changes: the class of the model, of its blocks and of their attention, and nothing else. The model also gets one
 attribute, ``gtp``, the frozen :class:`GTPConfig`. Parameters, buffers, hooks and state_dict keys are those of before.
+Hooks of a block see what it now takes and gives, (x, state, options) and (x, state); those of its attention,
+(out, scores).
 """
 
 from __future__ import annotations
@@ -242,6 +244,8 @@ def _check_model(model: Any) -> None:
                 f"{name} is not supported: {owner.__name__} overrides {method}; subclasses of VisionTransformer may "
                 "change the embedding and the heads"
             )
+    if hasattr(model, "gtp"):
+        raise ValueError(f"model has an attribute gtp ({type(model.gtp).__name__}), where patching keeps its options")
     if getattr(model.patch_embed, "grid_size", None) is None:
         raise ValueError(
             f"model.patch_embed ({type(model.patch_embed).__name__}) has no grid_size: build the model with img_size"
