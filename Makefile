@@ -21,7 +21,8 @@ export PATH := $(BIN):$(PATH)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PIP_INSTALL := $(PIP) install --constraint constraints.txt
-EXTRAS := test,dev
+EXTRAS := test,dev,bench
+STEP ?=
 
 # One test process for each core, each with one thread, so that the cores are not oversubscribed; 0 where there is one.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
@@ -33,10 +34,11 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CXX_SOURCES := $(shell find csrc -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test lint format demo wheel info clean distclean
+.PHONY: help venv build test test-triton lint format demo wheel info compile-check compile-check-all gpu gpu-dry-run \
+  clean distclean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.deps  ## the environment: torch and the build tools, as constraints.txt pins them
 
@@ -77,6 +79,13 @@ test: build  ## the test suite
 	@echo "-- tests"
 	@$(ONE_THREAD) $(PYTEST) -m 'not serial' -n $(WORKERS) --dist worksteal --durations=10 --durations-min=5 $(ARGS)
 
+# The files whose tests end within minutes in Triton's interpreter.
+INTERPRETED ?= tests/test_select.py tests/test_graph.py
+
+test-triton: build  ## tests of the Triton kernels in the interpreter, without a GPU
+	@echo "-- Triton kernels in the interpreter: $(INTERPRETED)"
+	@TRITON_INTERPRET=1 $(ONE_THREAD) $(PYTEST) -W ignore -n $(WORKERS) -k triton $(INTERPRETED) $(ARGS)
+
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	@echo "-- ruff"
 	@$(BIN)/ruff check --quiet
@@ -101,6 +110,18 @@ wheel: build  ## dist/*.whl, with the native library inside
 
 info: build  ## what was built, which backends run here, and why the others do not
 	@$(BIN)/python -m gtp_kernels.info
+
+compile-check: build  ## every Triton kernel to machine code, without a GPU: registers, spills, shared memory
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check $(ARGS)
+
+compile-check-all: build  ## the same for every supported architecture and every specialisation
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check --all $(ARGS)
+
+gpu:  ## on a GPU: STEP=tests|sanitize|ops|models|tune, one JSON each into benchmarks/results/<device>/
+	@PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(addprefix --step ,$(STEP)) $(ARGS)
+
+gpu-dry-run: build  ## every step of `make gpu` on tiny shapes, in the interpreter
+	@$(ONE_THREAD) $(BIN)/python -m benchmarks.gpu --dry-run --output build/gpu-dry-run $(ARGS)
 
 clean:  ## remove what was built; the environment stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png $(VENV)/.built

@@ -6,6 +6,8 @@ A backend answers "can you run this?" with a reason. The choice is made in one p
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import threading
 import warnings
@@ -19,6 +21,8 @@ from gtp_kernels import native
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("attention", "select", "propagate", "graph")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# Backends that run where they are forced, and are not chosen: the reason.
+_OPT_IN = {"triton": "its kernels have not run on a GPU yet, so it is opt-in: use_backend('triton')"}
 
 
 class BackendWarning(UserWarning):
@@ -115,8 +119,17 @@ def refusal(backend: str, op: str, device_type: str) -> str | None:
             return native.missing
         # Meta tensors carry no data: the operator's fake kernel answers for every backend.
         return None if device_type in ("cpu", "meta") else f"it takes CPU tensors; these are on {device_type}"
-    kind = {"triton": "Triton", "cuda": "CUDA C++"}[backend]
-    return f"this version has no {kind} kernel for {op}"
+    if backend == "triton":
+        return _triton_refusal(device_type)
+    return f"this version has no CUDA C++ kernel for {op}"
+
+
+def _triton_refusal(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device_type == "cpu" else f"its interpreter takes CPU tensors; these are on {device_type}"
+    return None if device_type == "cuda" else f"it takes GPU tensors; these are on {device_type}"
 
 
 def choose(op: str, tensor: Tensor) -> str:
@@ -135,6 +148,8 @@ def _choose(guard: str, op: str, device_type: str) -> str:
             raise RuntimeError(f"the forced backend {backend!r} cannot run {op}:\n{_reasons(op, device_type)}")
     else:
         backend = _automatic(op, device_type)
+    if backend == "triton":
+        importlib.import_module("gtp_kernels.triton")  # defines the operators
     if _state.recording is not None:
         _state.recording.append((op, backend))
     return backend
@@ -154,15 +169,20 @@ def _automatic(op: str, device_type: str) -> str:
             f"with gtp_kernels.use_backend('reference')\n{_reasons(op, device_type)}"
         )
     for backend in order:
-        if refusal(backend, op, device_type) is None:
+        if _declined(backend, op, device_type) is None:
             if backend == "reference":
                 _warn_once(op, device_type, order[:-1])
             return backend
     raise AssertionError("the reference refuses nothing")
 
 
+def _declined(backend: str, op: str, device_type: str) -> str | None:
+    """Why ``backend`` is not chosen by itself: it cannot run, or it is opt-in."""
+    return refusal(backend, op, device_type) or _OPT_IN.get(backend)
+
+
 def _warn_once(op: str, device_type: str, refused: tuple[str, ...]) -> None:
-    reasons = "; ".join(f"{name}: {refusal(name, op, device_type)}" for name in refused)
+    reasons = "; ".join(f"{name}: {_declined(name, op, device_type)}" for name in refused)
     if reasons in _warned:
         return
     _warned.add(reasons)

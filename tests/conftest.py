@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +24,11 @@ def nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Under TRITON_INTERPRET=1 the suite runs the Triton kernels, in the interpreter, and nothing else.
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on each backend, and asserts that this backend, and no other, was chosen."""
     name = request.param

@@ -97,6 +97,14 @@ def test_the_environment_variable_forces(monkeypatch: pytest.MonkeyPatch) -> Non
         gtp_kernels.attention_with_scores(Q, Q, Q)
 
 
+def test_gpu_tensors_run_the_reference_until_triton_has_run_on_a_gpu() -> None:
+    backends._warned.clear()
+    with pytest.warns(gtp_kernels.BackendWarning, match="it is opt-in: use_backend\\('triton'\\)"):
+        assert backends._automatic("attention", "cuda") == "reference"
+    assert backends.refusal("triton", "attention", "cuda") is None
+    assert "takes GPU tensors" in backends.refusal("triton", "attention", "cpu")
+
+
 def test_meta_tensors_take_the_fake_kernel() -> None:
     out, scores = gtp_kernels.attention_with_scores(*(Q.to("meta"),) * 3)
     assert out.shape == Q.shape
@@ -156,7 +164,7 @@ def test_import_is_light() -> None:
 def test_info_prints_reasons_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main([]) == 0
     printed = capsys.readouterr().out
-    assert "this version has no Triton kernel for attention" in printed
+    assert "this version has no CUDA C++ kernel for attention" in printed
     assert info.main(["--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["ops"]["attention"]["cpu"]["cpu"] is None

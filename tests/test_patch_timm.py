@@ -464,6 +464,16 @@ def test_compile_full_graph(backend):
     assert_same(result, expected, 1e-4)
 
 
+def test_compile_with_symbolic_sizes():
+    model = gtp_vit.patch(build("dinov2", dtype=torch.float32, depth=2), **OPTIONS)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (2, 3):
+            x = images(model, batch=batch)
+            assert_same(compiled(x), model(x), 1e-4)
+
+
 # Training
 
 

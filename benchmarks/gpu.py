@@ -1,0 +1,340 @@
+"""``python -m benchmarks.gpu --step tests|sanitize|ops|models|tune``: what there is to do on a machine with a GPU.
+
+Each step is a list of pieces and writes one JSON file, ``benchmarks/results/<device>/<step>.json``, after every piece.
+A step ends after ``--budget`` seconds; run again at the same commit, it goes on where it stopped. Every piece runs in a
+process of its own: a kernel that breaks the device's context takes nothing with it.
+``--dry-run`` runs every step on tiny shapes on the CPU, the kernels in Triton's interpreter.
+
+Statuses: passed; failed; refused, where the machine does not let a tool run; absent, where something is not installed;
+none, where there was nothing to run; pending, where time was up. Exits with 1 where something failed, 3 where something
+is pending. Needs Python, torch and Triton; pytest, timm and compute-sanitizer for what is done with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("tests", "sanitize", "ops", "models", "tune")
+MODELS = (
+    # model, batch, P
+    ("deit_small_patch16_224", 128, 8),
+    ("deit_small_patch16_224", 128, 14),
+    ("deit_small_patch16_224", 128, 1),
+    ("deit_base_patch16_224", 128, 8),
+    ("vit_base_patch8_224", 32, 8),
+)
+Piece = Callable[[float], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """How the pieces run. ``device`` is ``cuda`` or, in a dry run, ``cpu``."""
+
+    dry_run: bool
+    folder: Path
+
+    @property
+    def device(self) -> str:
+        """Where tensors live."""
+        return "cpu" if self.dry_run else "cuda"
+
+
+def pieces(step: str, context: Context) -> Iterator[tuple[str, Piece]]:
+    """The pieces of a step by name; each takes the seconds that are left, and returns its status and what it found."""
+    if step == "tests":
+        files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+        for name in files[:1] if context.dry_run else files:
+            yield name, partial(_tests, context, name)
+    elif step == "sanitize":
+        yield "smoke", partial(_smoke, context)
+        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+            yield tool, partial(_sanitize, context, tool)
+    elif step == "ops":
+        for dtype in ("bfloat16", "float32"):
+            for op in ("attention", "select", "propagate", "graph"):
+                yield f"{op} {dtype}", partial(_op, context, op, dtype)
+    elif step == "models":
+        for name, batch, num_prop in MODELS[:1] if context.dry_run else MODELS:
+            yield f"{name} P{num_prop}", partial(_model, context, name, batch, num_prop)
+    elif step == "tune":
+        yield "tune", partial(_tune, context)
+
+
+def _run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """The exit status (None: the time was up) and the end of the output."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=variables, timeout=max(seconds, 1), text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        return None, (output.decode(errors="replace") if isinstance(output, bytes) else output)[-4000:]
+    return done.returncode, done.stdout[-4000:]
+
+
+def _tests(context: Context, name: str, seconds: float) -> dict[str, Any]:
+    if importlib.util.find_spec("pytest") is None:
+        return {"status": "absent", "output": "pytest is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", f"tests/{name}", "-m", "gpu", f"--junitxml={report}"]
+        # The suite has its own run in the interpreter: here only the way to it is tried.
+        status, output = _run([*command, *(["--collect-only"] if context.dry_run else [])], seconds)
+        counts: dict[str, int] = {}
+        if report.is_file():
+            for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+                counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    if status == 5:
+        return {"status": "none", **counts}
+    if status is None:
+        return {"status": "failed", "output": f"not done after {seconds:.0f} s\n{output}"}
+    if status == 0 and not context.dry_run and counts.get("tests", 0) == counts.get("skipped", 0):
+        return {"status": "failed", **counts, "output": f"every test was skipped\n{output}"}
+    return {"status": "failed" if status else "passed", **counts, **({"output": output} if status else {})}
+
+
+def _smoke(context: Context, seconds: float) -> dict[str, Any]:
+    status, output = _run(_smoke_command(context), seconds)
+    return {"status": "passed" if status == 0 else "failed", "output": output[-2000:]}
+
+
+def _smoke_command(context: Context) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.smoke", context.device, *(["--tiny"] if context.dry_run else [])]
+
+
+def _sanitize(context: Context, tool: str, seconds: float) -> dict[str, Any]:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    if program is None:
+        return {"status": "absent", "output": "compute-sanitizer is not installed"}
+    command = [program, "--tool", tool, "--error-exitcode", "99", *_smoke_command(context)]
+    # torch's allocator would hide reads beyond a tensor.
+    status, output = _run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if status is None:
+        return {"status": "failed", "output": f"not done after {seconds:.0f} s\n{output}"}
+    clean = re.search(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)", output) is not None
+    found = status == 99 or re.search(r"SUMMARY: [1-9]", output) is not None
+    # Without a summary the tool did not watch: that it ran to an end says nothing.
+    verdict = "failed" if found else "passed" if clean and status == 0 else "refused"
+    return {"status": verdict, "output": output[-2000:]}
+
+
+def _op(context: Context, op: str, dtype: str, seconds: float) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import registry
+    from benchmarks.runner import run_cases
+
+    setting = registry.Setting(torch.device(context.device), getattr(torch, dtype), 8, context.dry_run)
+    results = run_cases(
+        registry.OPS[op](setting), setting.device, _ceilings(context, dtype), rounds=_rounds(context), dtype=dtype
+    )
+    return _timed(context, dtype, results)
+
+
+def _model(context: Context, name: str, batch: int, num_prop: int, seconds: float) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import registry
+    from benchmarks.models import model_case
+    from benchmarks.runner import run_cases
+
+    dtype = "float32" if context.dry_run else "bfloat16"
+    setting = registry.Setting(torch.device(context.device), getattr(torch, dtype), num_prop, context.dry_run)
+    if context.dry_run:
+        tiny: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 32, "num_heads": 2}
+        case = model_case("vit_tiny_patch16_224", 1, setting, **tiny)
+    else:
+        case = model_case(name, batch, setting, compile_mode="max-autotune")
+    results = run_cases([case], setting.device, _ceilings(context, dtype), rounds=_rounds(context), dtype=dtype)
+    return _timed(context, dtype, results)
+
+
+def _rounds(context: Context) -> int:
+    return 1 if context.dry_run else 21
+
+
+def _timed(context: Context, dtype: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.measure import as_json
+
+    ran = {backend for result in results for backend in result.get("backends", [])}
+    wrong = [f"{result['shape']}: {result['error']}" for result in results if "error" in result]
+    if not context.dry_run and ran - {"triton", "cuda"}:
+        wrong.append(f"ran on {', '.join(sorted(ran))}")
+    verdict = {"status": "failed", "output": "\n".join(wrong)} if wrong else {"status": "passed"}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {**verdict, "ceilings": as_json(_ceilings(context, dtype)), "results": results}
+
+
+_measured: dict[str, Any] = {}
+
+
+def _ceilings(context: Context, dtype: str) -> Any:
+    import torch
+
+    from benchmarks.measure import measure_ceilings
+
+    if dtype not in _measured:
+        _measured[dtype] = measure_ceilings(torch.device(context.device), getattr(torch, dtype), tiny=context.dry_run)
+    return _measured[dtype]
+
+
+def _tune(context: Context, seconds: float) -> dict[str, Any]:
+    if importlib.util.find_spec("benchmarks.tune") is None:
+        return {"status": "absent", "output": "this version has no benchmarks.tune"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tune.json"
+        tiny = ["--tiny"] if context.dry_run else []
+        status, output = _run([sys.executable, "-m", "benchmarks.tune", "--json", str(report), *tiny], seconds)
+        found = json.loads(report.read_text()) if report.is_file() else {}
+    if status != 0:
+        return {"status": "failed", "output": output, "found": found}
+    return {"status": "passed", "found": found}
+
+
+def _isolated(step: str, name: str, context: Context, seconds: float) -> dict[str, Any]:
+    """The piece, run by a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--step", step, "--only", name, "--output", folder]
+        command += ["--budget", str(seconds), "--backend", os.environ["GTP_KERNELS_BACKEND"]]
+        status, output = _run(command, seconds)
+        if status is None:
+            # What was compiled stays in the caches, so that the next attempt gets further.
+            return {"status": "pending", "output": f"not done after {seconds:.0f} s\n{output}"}
+        path = Path(folder) / f"{step}.json"
+        if not path.is_file():
+            return {"status": "failed", "output": output}
+        return dict(json.loads(path.read_text())["pieces"][name])
+
+
+def run_step(
+    step: str, context: Context, budget: float, *, fresh: bool = False, only: str | None = None
+) -> dict[str, Any]:
+    """Runs one step, or one piece of it, writes its file after every piece, and returns what the file holds."""
+    import torch
+
+    from benchmarks.measure import provenance
+
+    path = context.folder / f"{step}.json"
+    origin = provenance(torch.device(context.device))
+    report: dict[str, Any] = {**origin, "step": step, "dry_run": context.dry_run, "pieces": {}}
+    if not fresh:
+        report["pieces"] = _earlier(path, origin)
+    end = time.monotonic() + budget
+    for name, piece in pieces(step, context):
+        if only not in (None, name):
+            continue
+        if report["pieces"].get(name, {}).get("status") in ("passed", "none"):
+            print(f"{step}: {name}: done before", flush=True)
+            continue
+        left, start = end - time.monotonic(), time.monotonic()
+        if left <= 0:
+            report["pieces"][name] = {"status": "pending"}
+        else:
+            # The other steps start processes themselves; a dry run has no context to break.
+            if step in ("ops", "models") and only is None and not context.dry_run:
+                piece = partial(_isolated, step, name, context)
+            report["pieces"][name] = {**_guarded(piece, left), "took": round(time.monotonic() - start, 1)}
+        found = report["pieces"][name]
+        print(f"{step}: {name}: {found['status']}", *_numbers(found), sep="\n    ", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _guarded(piece: Piece, left: float) -> dict[str, Any]:
+    try:
+        return piece(left)
+    except ModuleNotFoundError as error:
+        return {"status": "absent", "output": str(error)}
+    except Exception:
+        # One piece must not take the others with it.
+        return {"status": "failed", "output": traceback.format_exc()[-4000:]}
+
+
+def _numbers(found: dict[str, Any]) -> Iterator[str]:
+    for result in found.get("results", []):
+        medians = result.get("median", {})
+        yield f"{result['shape']}: " + ", ".join(f"{name} {value * 1e3:.3f} ms" for name, value in medians.items())
+    if found["status"] not in ("passed", "none") and "output" in found:
+        yield from found["output"].strip().splitlines()[-12:]
+
+
+def _earlier(path: Path, origin: dict[str, object]) -> dict[str, Any]:
+    """The pieces of an earlier run of the same code on the same device."""
+    commit = str(origin["commit"])
+    if not path.is_file() or commit == "None" or commit.endswith("-dirty"):
+        return {}
+    try:
+        report = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    same = all(report.get(key) == origin[key] for key in ("commit", "device", "torch", "triton"))
+    return dict(report.get("pieces", {})) if same else {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs steps; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--step", choices=STEPS, action="append", help="all of them by default")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter, on the CPU")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for each step (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run of this commit found")
+    parser.add_argument("--only", metavar="PIECE", help="this piece of the step alone, in this process")
+    parser.add_argument("--output", type=Path, help="folder of the JSON files")
+    parser.add_argument("--backend", default="triton", help="which kernels run (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    # Both are read when the package is imported, below.
+    os.environ["GTP_KERNELS_BACKEND"] = options.backend
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+    import torch
+
+    from benchmarks.measure import device_name, slug
+
+    if not options.dry_run and not torch.cuda.is_available():
+        print("torch sees no CUDA device here; --dry-run tries every step without one", file=sys.stderr)
+        return 2
+    folder = options.output
+    if folder is None:
+        name = "dry-run" if options.dry_run else slug(device_name(torch.device("cuda")))
+        folder = ROOT / "build" / name if options.dry_run else ROOT / "benchmarks" / "results" / name
+    context = Context(options.dry_run, folder)
+    reports = [
+        run_step(step, context, options.budget, fresh=options.fresh, only=options.only)
+        for step in options.step or STEPS
+    ]
+    statuses = [piece["status"] for report in reports for piece in report["pieces"].values()]
+    for status in sorted(set(statuses)):
+        print(f"{status}: {statuses.count(status)}")
+    return 1 if "failed" in statuses else 3 if "pending" in statuses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

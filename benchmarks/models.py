@@ -1,0 +1,93 @@
+"""End to end: a timm model patched, against the same weights unpatched, with tokens cut off, and with ToMe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gtp_kernels
+import gtp_vit
+from benchmarks.registry import Case, Setting, agree
+from benchmarks.tome import MergeOnly, ToMe
+
+COMPILE_MODES = ("none", "default", "max-autotune")
+
+
+def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "none", **create: Any) -> Case:
+    """One model: ``ours`` is patched (θ = 0.6); the baselines share its weights and input.
+
+    ``timm`` is unpatched; ``slicing`` cuts off the last P tokens of each block, the floor of what token reduction can
+    cost; ``tome`` merges P tokens in each block; ``tome overhead`` is its matching and merging alone.
+
+    Args:
+        name: of timm.
+        batch: images.
+        setting: device, dtype, P.
+        compile_mode: ``none``, or how torch.compile compiles every candidate. On a GPU each of them is timed as one
+            CUDA graph either way.
+        create: further arguments of ``timm.create_model``.
+    """
+    import timm
+
+    torch.manual_seed(0)
+    dense: Any = timm.create_model(name, pretrained=False, **create).eval().to(setting.device, setting.dtype)
+    num_prop = setting.num_prop
+    patched: Any = gtp_vit.patch(copy.deepcopy(dense), num_prop=num_prop, sparsity=0.6)
+    images = setting.randn(batch, 3, *dense.patch_embed.img_size)
+    num_tokens = dense.patch_embed.num_patches + dense.num_prefix_tokens
+    heads = dense.blocks[0].attn.num_heads
+    merging = MergeOnly(len(dense.blocks), num_prop, dense.embed_dim // heads, dense.num_prefix_tokens)
+    tokens = setting.randn(batch, num_tokens, dense.embed_dim)
+
+    def check() -> None:
+        with torch.inference_mode(), gtp_kernels.use_backend("reference"):
+            expected = patched.forward_features(images[:1])
+        with torch.inference_mode():
+            ours = patched.forward_features(images[:1])
+        # With random weights rounding decides many selections; the class token hardly sees which tokens stayed.
+        agree("class token", ours[:, 0], expected[:, 0], 0.2)
+        if ours.shape != expected.shape:
+            raise AssertionError(f"shapes differ: {tuple(ours.shape)}, {tuple(expected.shape)}")
+
+    modules = {"ours": patched, "timm": dense, "slicing": sliced(dense, num_prop), "tome": ToMe(dense, num_prop)}
+    calls: dict[str, Callable[[], object]] = {
+        label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
+    }
+    calls["tome overhead"] = _call(_compiled(merging, compile_mode), tokens)
+    shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
+    about = {"model": name, "batch": batch, "num_prop": num_prop, "compile": compile_mode, "sparsity": 0.6}
+    return Case(name, shape, calls, check, items=batch, about=about)
+
+
+def sliced(model: Any, num_prop: int) -> Any:
+    """A copy of a timm model (the weights are shared) that drops the last P tokens between attention and MLP."""
+    out = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for block in out.blocks:
+        block.__class__ = _sliced_block(type(block), num_prop)
+    return out
+
+
+def _sliced_block(base: type, num_prop: int) -> type:
+    class Sliced(base):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            x = x[:, : x.shape[1] - num_prop]
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    return Sliced
+
+
+def _compiled(module: Any, mode: str) -> Callable[[Tensor], object]:
+    if mode == "none":
+        return module
+    # The runner captures CUDA graphs itself, the same way for every candidate.
+    chosen = "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode
+    return torch.compile(module, mode=chosen, dynamic=False)
+
+
+def _call(module: Callable[[Tensor], object], inputs: Tensor) -> Callable[[], object]:
+    return lambda: module(inputs)

@@ -1,0 +1,234 @@
+"""What can be timed: op → inputs, shapes, ours, baselines, the bytes and FLOPs that it must move, and the check.
+
+Baselines: ``sdpa`` is torch's fused attention, which gives no scores; ``sdpa+bias`` the same with log token scales;
+``definition`` is the plain PyTorch reference, and ``definition compiled`` the same under torch.compile, on a GPU only.
+``plain`` is what one would write with torch's own functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gtp_kernels
+from gtp_kernels import reference
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        op, shape: what it is.
+        calls: ``calls["ours"]``, and the baselines by name; the same inputs.
+        check: raises AssertionError where ours is wrong.
+        num_bytes, flops: what any implementation of ``ours`` must at least read and write, and the products that it
+            needs; 0 where the share of a ceiling says nothing.
+        items: what one call handles (images, for models), or 0.
+        about: whatever else belongs into the report.
+    """
+
+    op: str
+    shape: str
+    calls: dict[str, Call]
+    check: Call
+    num_bytes: int = 0
+    flops: int = 0
+    items: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what the cases run; ``tiny`` shapes are for trying the tools, not for numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_prop: int = 8
+    tiny: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is not the CPU."""
+        return self.device.type != "cpu"
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal draws, the same on every device."""
+        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform draws in float32, the same on every device."""
+        return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(self.device)
+
+
+def attention_cases(setting: Setting) -> Iterator[Case]:
+    """attention_with_scores: θ = 0.6 with token scales; on a GPU θ = 1 without, too."""
+    if setting.tiny:
+        shapes = [(1, 2, 17, 16)]
+    elif setting.on_gpu:
+        shapes = [(128, 6, n, 64) for n in (197, 189, 157, 109)] + [(128, 12, 197, 64), (32, 12, 785, 64)]
+    else:
+        shapes = [(16, 6, 197, 64), (16, 6, 133, 64), (4, 12, 785, 64)]
+    for shape in shapes:
+        for theta in (1.0, 0.6) if setting.on_gpu or setting.tiny else (0.6,):
+            yield _attention_case(setting, shape, theta)
+
+
+def _attention_case(setting: Setting, shape: tuple[int, int, int, int], theta: float) -> Case:
+    batch, heads, num_tokens, size = shape
+    q, k, v = setting.randn(batch, num_tokens, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+    scales = 1 + setting.rand(batch, num_tokens) if theta < 1 else None
+
+    def ours() -> Tensor:
+        return gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=theta)[0]
+
+    definition = partial(reference.attention_with_scores, q, k, v, scales, sparsity=theta)
+    calls: dict[str, Call] = {"ours": ours, "sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
+    if scales is not None:
+        bias = scales.log()[:, None, None].to(q.dtype)
+        calls["sdpa+bias"] = lambda: F.scaled_dot_product_attention(q, k, v, bias)
+    calls["definition"] = definition
+    _add_compiled(setting, calls, definition)
+
+    def check() -> None:
+        out, scores = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=theta)
+        expected, expected_scores = definition()
+        tolerance = 1e-3 if q.dtype == torch.float32 else 4e-2
+        agree("out", out, expected, tolerance)
+        for name in ("diag", "colsum", "cls_row"):
+            agree(name, getattr(scores, name), getattr(expected_scores, name), tolerance)
+
+    name = f"B{batch} H{heads} N{num_tokens} d{size}" + ("" if theta < 1 else " θ=1")
+    moved = 4 * q.numel() * q.element_size() + 3 * 4 * batch * heads * num_tokens
+    return Case("attention", name, calls, check, moved, 4 * q.numel() * num_tokens)
+
+
+def select_cases(setting: Setting) -> Iterator[Case]:
+    """Importance and selection; the baseline is the same by torch.argsort and sort."""
+    num_prop = min(setting.num_prop, 8) if setting.tiny else setting.num_prop
+    for batch, heads, num_tokens in [(2, 2, 17)] if setting.tiny else [(128 if setting.on_gpu else 16, 6, 197)]:
+        scores = gtp_kernels.AttentionScores(*setting.rand(3, batch, heads, num_tokens).unbind(0))
+
+        def ours(scores: gtp_kernels.AttentionScores = scores) -> tuple[Tensor, Tensor]:
+            return gtp_kernels.select_tokens(gtp_kernels.token_importance(scores), num_prop)
+
+        def plain(scores: gtp_kernels.AttentionScores = scores) -> tuple[Tensor, Tensor]:
+            importance = scores.diag[:, :, 1:].amax(1) * scores.colsum[:, :, 1:].amax(1)
+            rank = importance.argsort(1, descending=True)
+            kept = rank.shape[1] - num_prop
+            return rank[:, :kept].sort(1)[0] + 1, rank[:, kept:].sort(1)[0] + 1
+
+        calls: dict[str, Call] = {"ours": ours, "plain": plain}
+        moved = 2 * 4 * batch * heads * num_tokens + 8 * batch * (num_tokens - 1)
+        shape = f"B{batch} H{heads} N{num_tokens} P{num_prop}"
+        yield Case("select", shape, calls, partial(_same, ours, plain), moved)
+
+
+def _same(ours: Callable[[], Any], plain: Callable[[], Any]) -> None:
+    if not all(torch.equal(a, b) for a, b in zip(ours(), plain(), strict=True)):
+        raise AssertionError("the selections differ")
+
+
+def propagate_cases(setting: Setting) -> Iterator[Case]:
+    """The fused step; the baselines are the definition and the unfused parts of an unpatched block."""
+    if setting.tiny:
+        shapes = [(2, 4, 32)]
+    elif setting.on_gpu:
+        shapes = [(128, 14, 384), (128, 14, 768), (32, 28, 768)]
+    else:
+        shapes = [(16, 14, 384)]
+    for shape in shapes:
+        yield _propagate_case(setting, *shape)
+
+
+def _propagate_case(setting: Setting, batch: int, side: int, channels: int) -> Case:
+    num_tokens, num_prop = 1 + side * side, setting.num_prop
+    x, branch = (setting.randn(batch, num_tokens, channels) for _ in range(2))
+    graph = gtp_kernels.build_graph(x, (side, side))
+    kept, prop = gtp_kernels.select_tokens(setting.rand(batch, side * side), num_prop)
+    scales = setting.rand(batch, num_tokens) + 1
+    weight, bias = setting.randn(channels), setting.randn(channels)
+    affine: dict[str, Any] = {"norm_weight": weight, "norm_bias": bias, "token_scales": scales}
+
+    ours = partial(gtp_kernels.residual_propagate_norm, x, branch, graph, kept, prop, **affine)
+    definition = partial(reference.residual_propagate_norm, x, branch, graph, kept, prop, **affine)
+
+    def check() -> None:
+        out, normed, _, out_scales = ours()
+        expected, expected_normed, _, expected_scales = definition()
+        tolerance = 16 * torch.finfo(setting.dtype).eps
+        agree("x", out, expected, tolerance)
+        agree("normed", normed, expected_normed, tolerance)
+        agree("token_scales", out_scales, expected_scales, 1e-5)
+
+    calls: dict[str, Call] = {
+        "ours": ours,
+        "add+norm": lambda: F.layer_norm(x + branch, (channels,), weight, bias, 1e-6),
+        "definition": definition,
+    }
+    _add_compiled(setting, calls, definition)
+    row = batch * channels * x.element_size()
+    moved = 2 * num_tokens * row + 2 * (num_tokens - num_prop) * row
+    return Case("propagate", f"B{batch} N{num_tokens} C{channels} P{num_prop}", calls, check, moved)
+
+
+def graph_cases(setting: Setting) -> Iterator[Case]:
+    """build_graph, Mixed, M = 8; the baseline is the definition."""
+    if setting.tiny:
+        shapes = [(1, 4, 16)]
+    elif setting.on_gpu:
+        shapes = [(128, 14, 384), (32, 28, 768)]
+    else:
+        shapes = [(16, 14, 384), (4, 28, 768)]
+    for batch, side, channels in shapes:
+        x = setting.randn(batch, side * side + 1, channels)
+        ours = partial(_edges, gtp_kernels.build_graph, x, side)
+        definition = partial(_edges, reference.build_graph, x, side)
+        calls: dict[str, Call] = {"ours": ours, "definition": definition}
+        _add_compiled(setting, calls, definition)
+        n, width = side * side, x.element_size()
+        moved, flops = x.numel() * width + 8 * ours().numel(), 2 * batch * n * n * channels
+        yield Case("graph", f"B{batch} n{n} C{channels}", calls, partial(_close_graphs, ours, definition), moved, flops)
+
+
+def _edges(build: Callable[..., gtp_kernels.TokenGraph], x: Tensor, side: int) -> Tensor:
+    return build(x, (side, side)).indices
+
+
+def _close_graphs(ours: Callable[[], Tensor], definition: Callable[[], Tensor]) -> None:
+    # Similarities within rounding of each other may take each other's place.
+    if (ours() == definition()).float().mean() < 0.5:
+        raise AssertionError("the graphs differ")
+
+
+OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "attention": attention_cases,
+    "select": select_cases,
+    "propagate": propagate_cases,
+    "graph": graph_cases,
+}
+
+
+def _add_compiled(setting: Setting, calls: dict[str, Call], definition: Callable[[], object]) -> None:
+    if setting.on_gpu and not setting.tiny:
+        calls["definition compiled"] = torch.compile(definition, dynamic=False)
+
+
+def agree(name: str, ours: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+    """Raises AssertionError unless ‖ours − expected‖ < tolerance · ‖expected‖, shapes being equal."""
+    if ours is None or expected is None:
+        raise AssertionError(f"{name}: missing")
+    if ours.shape != expected.shape:
+        raise AssertionError(f"{name}: shapes differ: {tuple(ours.shape)}, {tuple(expected.shape)}")
+    error = float((ours.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    if not error < tolerance:
+        raise AssertionError(f"{name}: relative error {error:.1e}, above {tolerance:.1e}")

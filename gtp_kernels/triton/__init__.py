@@ -1,0 +1,48 @@
+"""The Triton kernels, as operators of the namespace ``gtp_kernels_triton``; imported when the backend is first chosen.
+
+Each module of this package has the kernels of one stem and, per operator, a launcher with the operator's signature.
+Outside the interpreter an operator is a ``triton_op``, so that torch.compile and AOTInductor see through it to the
+kernels; under ``TRITON_INTERPRET=1`` (set before this import) it launches the interpreted kernels, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gtp_kernels.ops import _library
+from gtp_kernels.triton import attention, graph, propagate, runtime, select
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {
+    "attention_with_scores": attention.attention_with_scores,
+    "attention_with_scores_backward": attention.attention_with_scores_backward,
+    "token_importance": select.token_importance,
+    "select_tokens": select.select_tokens,
+    "propagate": propagate.propagate,
+    "propagate_backward": propagate.propagate_backward,
+    "propagate_dense": propagate.propagate_dense,
+    "residual_propagate_norm": propagate.residual_propagate_norm,
+    "build_graph": graph.build_graph,
+}
+
+
+def _register(name: str, launcher: Callable[..., Any]) -> None:
+    schema = next(line for line in _library.SCHEMAS if line.startswith(f"{name}("))
+    full, signature = f"{_library.TRITON_NAMESPACE}::{name}", schema[len(name) :]
+    operator: Any
+    if runtime.INTERPRETED:
+        operator = torch.library.custom_op(full, launcher, mutates_args=(), schema=signature)
+        operator.register_fake(_library.fakes[name])
+    else:
+        operator = torch.library.triton_op(full, launcher, mutates_args=(), schema=signature)
+    if name in _library.backwards:
+        backward, setup_context = _library.backwards[name]
+        call = functools.partial(backward, getattr(torch.ops, _library.TRITON_NAMESPACE))
+        operator.register_autograd(call, setup_context=setup_context)
+
+
+for _name, _launcher in LAUNCHERS.items():
+    _register(_name, _launcher)
