@@ -71,7 +71,7 @@ def propagate(
         scales = None if token_scales is None else token_scales.detach()
         return reference.propagate(x, weight, index_kept, index_prop, standard, alpha, scales, num_prefix=prefix)
     _library.refuse_forward_mode(x)
-    if x.device.type != "cpu":
+    if backend != "cpu":
         check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
     scales = _wide_scales(token_scales)
     ops = _library.operators(backend)
@@ -86,7 +86,7 @@ def propagate(
             if standard == "GraphProp" and isinstance(weight, TokenGraph):
                 weight = weight.with_token(token)
     except RuntimeError:
-        # The CPU kernels check index values themselves; their error is told again in the words of this function.
+        # The native kernels check index values themselves; their error is told again in the words of this function.
         check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
         raise
     return out, weight, None if token_scales is None else scales_out.to(token_scales.dtype)
@@ -144,7 +144,7 @@ def residual_propagate_norm(
             token_scales=None if token_scales is None else token_scales.detach(), num_prefix=prefix,
         )  # fmt: skip
     _library.refuse_forward_mode(x, branch, layer_scale, norm_weight, norm_bias)
-    if x.device.type != "cpu":
+    if backend != "cpu":
         check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
     try:
         out, normed, token, scales_out = _library.operators(backend).residual_propagate_norm(

@@ -29,9 +29,9 @@ def row_tile(channels: int) -> tuple[int, int]:
     return block, 16 if block > 4096 else min(max(block // 256, 1), 8)
 
 
-def dense_tile(wide: bool) -> tuple[int, int, int, int]:
-    """(rows, propagated rows, channels) per step and num_warps of the dense kernel."""
-    return (16, 16, 16, 4) if wide else (16, 16, 64, 4)
+def dense_tile(wide: bool) -> tuple[int, int, int]:
+    """(rows, channels) of a program and num_warps of the dense kernel."""
+    return (16, 16, 4) if wide else (16, 64, 4)
 
 
 def split_float(value: float) -> tuple[float, float]:
@@ -335,8 +335,8 @@ def _dense_kernel(
     N, C, K, P, R, blocks,
     stride_xb, stride_xn, stride_xc, stride_wb, stride_wi, stride_wj,
     alpha, alpha_low,
-    SCALES: tl.constexpr, SCALES_WIDE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SCALES: tl.constexpr, SCALES_WIDE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x_out[i] = x[kept i] + α Σ_p W[kept i, prop p] x[prop p], the same for token_scales; prefix rows are copied.
     Reads x once (the propagated rows once per row block) and K·P weights per channel block; 2·K·P·C FLOPs."""
@@ -353,32 +353,23 @@ def _dense_kernel(
     b_source = tl.where(is_kept, tl.maximum(b_kept, R), o_i)
     b_source = tl.minimum(b_source, N - 1)
     p_x += b * stride_xb
-    p_graph += b * stride_wb + (b_source - R)[:, None] * stride_wi
+    p_graph += b * stride_wb + (b_source - R) * stride_wi
     p_scales += b * N
 
     # [BLOCK_I, BLOCK_C]
     b_total = tl.zeros([BLOCK_I, BLOCK_C], ACC)
     b_scale = tl.zeros([BLOCK_I], SCALE)
-    for j0 in range(0, P, BLOCK_P):
-        o_j = j0 + tl.arange(0, BLOCK_P)
-        m_j = o_j < P
-        b_prop = tl.load(p_prop + b * P + o_j, mask=m_j, other=R).to(tl.int64)
-        b_prop = tl.minimum(tl.maximum(b_prop, R), N - 1)
-        # [BLOCK_I, BLOCK_P]
-        b_graph = tl.load(
-            p_graph + (b_prop - R)[None, :] * stride_wj, mask=is_kept[:, None] & m_j[None, :], other=0.0
-        )  # fmt: skip
-        # [BLOCK_P, BLOCK_C]
-        b_x = tl.load(
-            p_x + b_prop[:, None] * stride_xn + o_c[None, :] * stride_xc, mask=m_j[:, None] & m_c[None, :], other=0.0
-        )  # fmt: skip
-        if WIDE:
-            b_total += tl.sum(b_graph.to(ACC)[:, :, None] * b_x.to(ACC)[None, :, :], axis=1)
-        else:
-            b_total = tl.dot(b_graph.to(ACC), b_x.to(ACC), b_total, input_precision=PRECISION)
+    for j in range(P):
+        prop = tl.load(p_prop + b * P + j).to(tl.int64)
+        prop = tl.minimum(tl.maximum(prop, R), N - 1)
+        # [BLOCK_I]; a weight of zero is no edge, whatever stands in the row
+        b_graph = tl.load(p_graph + (prop - R) * stride_wj, mask=is_kept, other=0.0)
+        # [BLOCK_C]
+        b_x = tl.load(p_x + prop * stride_xn + o_c * stride_xc, mask=m_c, other=0.0).to(ACC)
+        b_total += tl.where(b_graph[:, None] != 0, b_graph.to(ACC)[:, None] * b_x[None, :], 0.0)
         if SCALES:
-            b_other = tl.load(p_scales + b_prop, mask=m_j, other=0.0).to(SCALE)
-            b_scale += tl.sum(b_graph.to(SCALE) * b_other[None, :], axis=1)
+            other = tl.load(p_scales + prop).to(SCALE)
+            b_scale += tl.where(b_graph != 0, b_graph.to(SCALE) * other, 0.0)
     factor = _number(alpha, alpha_low, ACC)
     m_out = m_i[:, None] & m_c[None, :]
     b_own = tl.load(p_x + b_source[:, None] * stride_xn + o_c[None, :] * stride_xc, mask=m_out, other=0.0).to(ACC)
@@ -611,13 +602,13 @@ def propagate_dense(
         return out, weight_out, scales_out
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     wide = compute_dtype(x.dtype) == torch.float64
-    block_i, block_p, block_c, num_warps = dense_tile(wide)
+    block_i, block_c, num_warps = dense_tile(wide)
     blocks = triton.cdiv(rows, block_i)
     runtime.launch(_dense_kernel)[(batch * blocks, max(triton.cdiv(channels, block_c), 1))](
         x, weight, kept, prop, x if token_scales is None else token_scales.contiguous(), out, scales_out,
         tokens, channels, num_kept, num_prop, num_prefix, blocks, *x.stride(), *weight.stride(), *split_float(alpha),
         SCALES=token_scales is not None, SCALES_WIDE=token_scales is not None and token_scales.dtype == torch.float64,
-        WIDE=wide, PRECISION="ieee", BLOCK_I=block_i, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=num_warps,
+        WIDE=wide, BLOCK_I=block_i, BLOCK_C=block_c, num_warps=num_warps,
     )  # fmt: skip
     if num_kept:
         block_k = min(max(runtime.next_power_of_2(int(num_kept)), 32), 256)
