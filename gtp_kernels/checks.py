@@ -167,7 +167,7 @@ def index_range(name: str, value: Tensor, low: int, high: int) -> None:
 def attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     token_scales: Tensor | None,
     theta: object,
     scale: object,
@@ -175,12 +175,10 @@ def attention(
 ) -> tuple[float, float]:
     """Arguments of the attention; returns (sparsity, scale)."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if name == "v" and v is None:
-            continue
         floating(name, tensor, 4, "[B, H, N, d]")
-        if tensor.dtype != q.dtype:  # type: ignore[union-attr]  # v is a tensor here
-            raise TypeError(f"{name} must have q's dtype, {q.dtype}; got {tensor.dtype}")  # type: ignore[union-attr]
-        shape_is(name, tensor, q.shape, "that of q")  # type: ignore[arg-type]
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype, {q.dtype}; got {tensor.dtype}")
+        shape_is(name, tensor, q.shape, "that of q")
     if q.shape[2] == 0 or q.shape[3] == 0:
         raise ValueError(f"q must have at least one token and a head size of at least 1; got shape {tuple(q.shape)}")
     if token_scales is not None:

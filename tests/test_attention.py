@@ -251,6 +251,7 @@ def test_autocast_casts_as_sdpa_does(backend: str) -> None:
         ({"q": torch.zeros(2, 9, 4)}, ValueError, "q must be 4-dimensional"),
         ({"q": torch.zeros(1, 2, 9, 4, dtype=torch.int32)}, TypeError, "q must be float32"),
         ({"k": torch.zeros(1, 2, 8, 4)}, ValueError, "k must have shape"),
+        ({"v": None}, TypeError, "v must be a tensor"),
         ({"v": torch.zeros(1, 2, 9, 4, dtype=torch.float64)}, TypeError, "v must have q's dtype"),
         ({"v": torch.zeros(1, 2, 9, 4, device="meta")}, ValueError, "v must be on the device of q"),
         ({"token_scales": torch.ones(1, 8)}, ValueError, "token_scales must have shape"),

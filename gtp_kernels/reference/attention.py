@@ -60,7 +60,7 @@ def attention_map(
 
     Args, errors: those of :func:`gtp_kernels.attention_with_scores`.
     """
-    sparsity, scale = checks.attention(q, k, None, token_scales, sparsity, scale, semantics)
+    sparsity, scale = checks.attention(q, k, k, token_scales, sparsity, scale, semantics)
     return _map(q, k, token_scales, sparsity, scale, semantics)
 
 
