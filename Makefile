@@ -35,7 +35,7 @@ CXX_SOURCES := $(shell find csrc -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
 .PHONY: help venv build test test-triton lint format demo wheel info compile-check compile-check-all gpu gpu-dry-run \
-  clean distclean
+  readme clean distclean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -121,6 +121,9 @@ compile-check-all: build  ## the same for every supported architecture and every
 
 gpu:  ## on a GPU: STEP=tests|sanitize|ops|models|tune, one JSON each into benchmarks/results/<device>/
 	@PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(addprefix --step ,$(STEP)) $(ARGS)
+
+readme:  ## the GPU part of README.md from the results in benchmarks/results/<device>/
+	@PYTHONPATH=.:python $(PYTHON) -m benchmarks.readme $(ARGS)
 
 gpu-dry-run: build  ## every step of `make gpu` on tiny shapes, in the interpreter
 	@$(ONE_THREAD) $(BIN)/python -m benchmarks.gpu --dry-run --output build/gpu-dry-run $(ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 import timm
 import torch
@@ -18,7 +20,7 @@ import gtp_vit
 @click.option("--num-prop", default=8, show_default=True, help="P.")
 def main(model: str, batch: int, num_prop: int) -> None:
     """Profiles three forwards and prints each operator's share."""
-    patched = gtp_vit.patch(timm.create_model(model).eval(), num_prop=num_prop)
+    patched: Any = gtp_vit.patch(timm.create_model(model).eval(), num_prop=num_prop)
     images = torch.randn(batch, 3, *patched.patch_embed.img_size)
     with torch.inference_mode():
         patched(images)

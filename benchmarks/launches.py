@@ -8,6 +8,7 @@ it specialises on (divisibility by 16, integers that are 1), the constants, warp
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import sys
@@ -24,12 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gtp_kernels.reference.graph import edge_capacity
 
-STEMS = {
-    "attention": ("attention_with_scores", "attention_with_scores_backward"),
-    "select": ("token_importance", "select_tokens"),
-    "propagate": ("propagate", "propagate_backward", "propagate_dense", "residual_propagate_norm"),
-    "graph": ("build_graph",),
-}
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
 
@@ -124,8 +119,8 @@ class Launch:
 
     def key(self) -> str:
         """Equal for launches that compile to the same code: the kernel's source counts, and all that is fixed."""
-        constants = {k: getattr(v, "cache_key", repr(v)) for k, v in self.constexprs.items()}
-        parts = (self.kernel.cache_key, self.signature, constants, self.attrs, sorted(self.options.items()))
+        constants = {k: content_key(v) if hasattr(v, "cache_key") else repr(v) for k, v in self.constexprs.items()}
+        parts = (content_key(self.kernel), self.signature, constants, self.attrs, sorted(self.options.items()))
         return repr(parts)
 
     def config_key(self) -> str:
@@ -133,13 +128,34 @@ class Launch:
         declared = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
         constants = {k: v for k, v in self.constexprs.items() if self.kernel.arg_names[k[0]] in declared}
         pointers = [kind for kind in self.signature.values() if kind.startswith("*")]
-        return repr((self.kernel.cache_key, pointers, constants, sorted(self.options.items())))
+        return repr((content_key(self.kernel), pointers, constants, sorted(self.options.items())))
 
     def config(self) -> str:
         """The constants as people read them, sizes first."""
         names = self.kernel.arg_names
         given = {names[path[0]]: value for path, value in self.constexprs.items() if names[path[0]].isupper()}
         return " ".join(f"{name}={_short(value)}" for name, value in given.items())
+
+
+@functools.cache
+def content_key(kernel: Any) -> str:
+    """Triton's ``cache_key`` without the line on which a kernel, or one of ours that it calls, begins.
+
+    The lines are in the debug information only: an edit above a kernel does not change its code.
+    """
+    from triton.runtime.jit import JITFunction
+
+    names = {name for name in sys.modules if name.startswith("gtp_kernels.triton")} | {kernel.fn.__module__}
+    found = {id(value): value for name in names for value in vars(sys.modules[name]).values()}
+    functions = [value for value in (*found.values(), kernel) if isinstance(value, JITFunction)]
+    before = [(function.hash, function.starting_line_number) for function in functions]
+    try:
+        for function in functions:
+            function.hash, function.starting_line_number = None, 0
+        return str(kernel.cache_key)
+    finally:
+        for function, (known, line) in zip(functions, before, strict=True):
+            function.hash, function.starting_line_number = known, line
 
 
 def _short(value: object) -> str:
@@ -239,11 +255,7 @@ def capture(target: Target, classes: Iterable[ShapeClass] | None = None) -> list
     if runtime.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     recorder = Recorder(target)
-    launchers = {
-        operator: getattr(importlib.import_module(f"gtp_kernels.triton.{stem}"), operator)
-        for stem, operators in STEMS.items()
-        for operator in operators
-    }
+    launchers = importlib.import_module("gtp_kernels.triton").LAUNCHERS
     with recording(recorder, runtime.launch), pretend(target), FakeTensorMode(allow_non_fake_inputs=True):
         for case in shape_classes() if classes is None else classes:
             recorder.label, recorder.may_spill = f"{case.operator} {case.label}", case.may_spill
@@ -252,7 +264,7 @@ def capture(target: Target, classes: Iterable[ShapeClass] | None = None) -> list
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder, launch: Callable[..., Any]) -> Iterator[None]:
+def recording(recorder: Callable[[Any], Any], launch: Callable[..., Any]) -> Iterator[None]:
     """Replaces ``launch`` by the recorder in every module of the Triton package that holds it."""
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
@@ -49,21 +51,32 @@ def best(call: Call, device: torch.device, rounds: int = 7) -> float:
 
 
 def measure(
-    calls: Mapping[str, Call], device: torch.device, *, rounds: int, min_seconds: float = 0.02
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    min_seconds: float = 0.02,
+    progress: Call | None = None,
 ) -> tuple[dict[str, Spread], dict[str, str]]:
     """Seconds per call of every candidate, in turns, and how each was run: ``eager`` or ``graph``.
+
+    ``progress`` is called after every call of a candidate, (warmup + rounds) · len(calls) times.
 
     On a CUDA device every candidate is captured into a CUDA graph where it can be, so that kernels are timed and not
     their launches, and the L2 cache is emptied before every sample; the device's own clock is read.
     """
     if device.type != "cuda":
-        return interleave(calls, rounds=rounds, device=device, min_seconds=min_seconds), dict.fromkeys(calls, "eager")
+        spreads = interleave(
+            calls, rounds=rounds, warmup=warmup, device=device, min_seconds=min_seconds, progress=progress
+        )
+        return spreads, dict.fromkeys(calls, "eager")
     captured = {name: _graph(call) for name, call in calls.items()}
     modes = {name: "eager" if replay is None else "graph" for name, replay in captured.items()}
     ready = {name: captured[name] or call for name, call in calls.items()}
     cache = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     samples: dict[str, list[float]] = {name: [] for name in ready}
-    for number in range(-2, rounds):
+    for number in range(-warmup, rounds):
         for name, call in ready.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The host runs ahead while the cache is being emptied, so that launches are not what is timed.
@@ -74,6 +87,8 @@ def measure(
             end.synchronize()
             if number >= 0:
                 samples[name].append(start.elapsed_time(end) / 1e3)
+            if progress is not None:
+                progress()
     return {name: Spread(tuple(values)) for name, values in samples.items()}, modes
 
 
@@ -112,10 +127,13 @@ def provenance(device: torch.device | None = None) -> dict[str, object]:
     device = device or torch.device("cpu")
     root = Path(__file__).resolve().parents[1]
     commit = _output("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*")
+    # A copy of the tree may have come without its history.
+    commit = commit or os.environ.get("GTP_COMMIT")
     extension = native.extension()
     found: dict[str, object] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
+        "source": source_digest(),
         "machine": platform.machine(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -127,9 +145,31 @@ def provenance(device: torch.device | None = None) -> dict[str, object]:
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = _driver()
         found["capability"] = list(torch.cuda.get_device_capability(device))
     return found
+
+
+def source_digest() -> str:
+    """Of what runs: the packages and the benchmarks. Equal for equal sources, whatever was committed."""
+    root = Path(__file__).resolve().parents[1]
+    patterns = ("gtp_kernels/**/*", "python/**/*", "benchmarks/*", "csrc/**/*")
+    suffixes = (".py", ".json", ".txt", ".cpp", ".h", ".cu", ".cuh")
+    found = sorted({path for pattern in patterns for path in root.glob(pattern) if path.suffix in suffixes})
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _driver() -> str | None:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if found is not None:
+        return found.splitlines()[0]
+    for path in (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")):
+        if path.is_file():
+            return path.read_text().strip().splitlines()[0]
+    return None
 
 
 def _triton_version() -> str | None:

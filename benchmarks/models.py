@@ -21,7 +21,8 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     """One model: ``ours`` is patched (θ = 0.6); the baselines share its weights and input.
 
     ``timm`` is unpatched; ``slicing`` cuts off the last P tokens of each block, the floor of what token reduction can
-    cost; ``tome`` merges P tokens in each block; ``tome overhead`` is its matching and merging alone.
+    cost; ``tome`` merges P tokens in each block. Its matching and merging alone are reported apart, ``tome overhead``.
+    The FLOPs are those of the matrix products of ``ours``, as ``gtp_vit.gmacs`` counts them.
 
     Args:
         name: of timm.
@@ -57,10 +58,11 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     calls: dict[str, Callable[[], object]] = {
         label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
     }
-    calls["tome overhead"] = _call(_compiled(merging, compile_mode), tokens)
+    parts = {"tome overhead": ("tome", _call(_compiled(merging, compile_mode), tokens))}
+    flops = round(2e9 * batch * gtp_vit.gmacs(patched, images[:1]))
     shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
     about = {"model": name, "batch": batch, "num_prop": num_prop, "compile": compile_mode, "sparsity": 0.6}
-    return Case(name, shape, calls, check, items=batch, about=about)
+    return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
 
 
 def sliced(model: Any, num_prop: int) -> Any:

@@ -1,7 +1,8 @@
 """What can be timed: op → inputs, shapes, ours, baselines, the bytes and FLOPs that it must move, and the check.
 
-Baselines: ``sdpa`` is torch's fused attention, which gives no scores; ``sdpa+bias`` the same with log token scales;
-``definition`` is the plain PyTorch reference, and ``definition compiled`` the same under torch.compile, on a GPU only.
+Baselines: ``sdpa`` is torch's fused attention, which gives no scores (on a GPU also each of its fast backends);
+``sdpa+bias`` the same with log token scales; ``definition`` is the plain PyTorch reference, and ``definition compiled``
+the same under torch.compile. A baseline that cannot run on a machine is left out there, with the reason.
 ``plain`` is what one would write with torch's own functions.
 """
 
@@ -33,6 +34,7 @@ class Case:
         num_bytes, flops: what any implementation of ``ours`` must at least read and write, and the products that it
             needs; 0 where the share of a ceiling says nothing.
         items: what one call handles (images, for models), or 0.
+        parts: what is timed in the same turns and reported apart, by name: the candidate it is a part of, and the call.
         about: whatever else belongs into the report.
     """
 
@@ -43,6 +45,7 @@ class Case:
     num_bytes: int = 0
     flops: int = 0
     items: int = 0
+    parts: dict[str, tuple[str, Call]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,6 +99,9 @@ def _attention_case(setting: Setting, shape: tuple[int, int, int, int], theta: f
     if scales is not None:
         bias = scales.log()[:, None, None].to(q.dtype)
         calls["sdpa+bias"] = lambda: F.scaled_dot_product_attention(q, k, v, bias)
+    if setting.on_gpu and q.element_size() == 2:
+        for name in ("flash", "cudnn"):
+            calls[f"sdpa {name}"] = partial(_sdpa_by, name, q, k, v)
     calls["definition"] = definition
     _add_compiled(setting, calls, definition)
 
@@ -110,6 +116,13 @@ def _attention_case(setting: Setting, shape: tuple[int, int, int, int], theta: f
     name = f"B{batch} H{heads} N{num_tokens} d{size}" + ("" if theta < 1 else " θ=1")
     moved = 4 * q.numel() * q.element_size() + 3 * 4 * batch * heads * num_tokens
     return Case("attention", name, calls, check, moved, 4 * q.numel() * num_tokens)
+
+
+def _sdpa_by(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if name == "flash" else SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def select_cases(setting: Setting) -> Iterator[Case]:
@@ -219,7 +232,7 @@ OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
 
 
 def _add_compiled(setting: Setting, calls: dict[str, Call], definition: Callable[[], object]) -> None:
-    if setting.on_gpu and not setting.tiny:
+    if not setting.tiny:
         calls["definition compiled"] = torch.compile(definition, dynamic=False)
 
 

@@ -1,7 +1,7 @@
 """``python -m benchmarks.run``: times ours and each baseline in turns, after ours was found to be right.
 
-The last column is the share of the machine's ceiling: the least time that ours would need at the bandwidth of a copy
-and the rate of a matrix product, both measured at the start, over the time that it took. Above 1, caches helped.
+``of ceiling`` is the share of the machine's ceiling: the least time that ours would need at the bandwidth of a copy and
+the rate of a matrix product, both measured at the start, over the time that it took. Above 1, caches helped.
 
 python -m benchmarks.run                                        every op, float32
 python -m benchmarks.run --op attention --dtype bfloat16
@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.measure import device_name, measure_ceilings
@@ -31,7 +31,7 @@ from benchmarks.runner import report, run_cases
 
 def table_of(results: Iterable[dict[str, Any]], title: str) -> Table:
     """The table that people read."""
-    table = Table("case", "shape", "candidate", "median ms", "quartiles", "ours / it", "of ceiling", title=title)
+    table = Table("case", "shape", "candidate", "median ms", "quartiles", "ours / it", "of ceiling", "", title=title)
     for result in results:
         head = (result["case"], result["shape"])
         if "error" in result:
@@ -41,7 +41,15 @@ def table_of(results: Iterable[dict[str, Any]], title: str) -> Table:
             ratio = "" if name == "ours" else f"{result['ratio'][name]:.2f}"
             share = f"{result['ceiling_share']:.0%}" if name == "ours" and "ceiling_share" in result else ""
             quartiles = f"{low * 1e3:.3f} to {high * 1e3:.3f}"
-            table.add_row(*head, name, f"{median * 1e3:.3f}", quartiles, ratio, share)
+            speed = f"{result['per_second'][name]:.1f}/s" if "per_second" in result else ""
+            table.add_row(*head, name, f"{median * 1e3:.3f}", quartiles, ratio, share, speed)
+        for name, part in result.get("parts", {}).items():
+            low, high = part["quartiles"]
+            quartiles = f"{low * 1e3:.3f} to {high * 1e3:.3f}"
+            about = f"{part['share']:.0%} of {part['of']}"
+            table.add_row(*head, f"({name})", f"{part['median'] * 1e3:.3f}", quartiles, "", "", about)
+        for name, reason in result.get("left_out", {}).items():
+            table.add_row(*head, name, f"left out: {reason}")
         table.add_section()
     return table
 
@@ -81,16 +89,21 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("measuring the machine"):
         ceilings = measure_ceilings(device, setting.dtype, tiny=tiny)
-    if model is None:
-        names = list(ops or OPS)
-        results = []
-        for name in track(names, "timing", console=console, transient=True):
-            results += run_cases(OPS[name](setting), device, ceilings, rounds=rounds, dtype=dtype)
-    else:
-        with console.status(f"timing {model}"):
+    results = []
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("preparing", total=1.0)
+
+        def progress(what: str, share: float) -> None:
+            bar.update(task, description=what, completed=share)
+
+        for name in [model] if model else ops or OPS:
             create = {"img_size": 64, "depth": 2} if tiny else {}
-            case = model_case(model, batch, setting, compile_mode=compile_mode, **create)
-            results = run_cases([case], device, ceilings, rounds=rounds, dtype=dtype)
+            cases = (
+                [model_case(model, batch, setting, compile_mode=compile_mode, **create)]
+                if model
+                else OPS[name](setting)
+            )
+            results += run_cases(cases, device, ceilings, rounds=rounds, dtype=dtype, progress=progress)
     name = "CPU" if where == "cpu" else device_name(device)
     console.print(table_of(results, f"{name}, {dtype}"))
     console.print(

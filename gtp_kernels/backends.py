@@ -21,8 +21,6 @@ from gtp_kernels import native
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("attention", "select", "propagate", "graph")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Backends that run where they are forced, and are not chosen: the reason.
-_OPT_IN = {"triton": "its kernels have not run on a GPU yet, so it is opt-in: use_backend('triton')"}
 
 
 class BackendWarning(UserWarning):
@@ -169,20 +167,15 @@ def _automatic(op: str, device_type: str) -> str:
             f"with gtp_kernels.use_backend('reference')\n{_reasons(op, device_type)}"
         )
     for backend in order:
-        if _declined(backend, op, device_type) is None:
+        if refusal(backend, op, device_type) is None:
             if backend == "reference":
                 _warn_once(op, device_type, order[:-1])
             return backend
     raise AssertionError("the reference refuses nothing")
 
 
-def _declined(backend: str, op: str, device_type: str) -> str | None:
-    """Why ``backend`` is not chosen by itself: it cannot run, or it is opt-in."""
-    return refusal(backend, op, device_type) or _OPT_IN.get(backend)
-
-
 def _warn_once(op: str, device_type: str, refused: tuple[str, ...]) -> None:
-    reasons = "; ".join(f"{name}: {_declined(name, op, device_type)}" for name in refused)
+    reasons = "; ".join(f"{name}: {refusal(name, op, device_type)}" for name in refused)
     if reasons in _warned:
         return
     _warned.add(reasons)

@@ -21,6 +21,11 @@ VARIABLES = {
     "GTP_KERNELS_DEBUG": "1 checks index values on GPUs too (synchronises)",
     "GTP_KERNELS_ISA": "forces the instruction set of the CPU kernels: baseline, avx2, avx512",
     "GTP_KERNELS_NATIVE": "0 leaves the native library out",
+    "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's interpreter, on CPU tensors",
+}
+
+REMARKS = {
+    "triton": "the default on GPU tensors; compiled ahead of time and run in Triton's interpreter, not yet on a GPU",
 }
 
 
@@ -43,6 +48,7 @@ def report() -> dict[str, Any]:
             op: {d: {name: backends.refusal(name, op, d) for name in backends.NAMES} for d in devices}
             for op in backends.OPS
         },
+        "remarks": REMARKS,
         "environment": {name: os.environ.get(name) for name in VARIABLES},
     }
 
@@ -80,6 +86,8 @@ def text(data: dict[str, Any]) -> str:
                 if reason is not None and reason == data["native"]["missing"]:
                     reason = "the native library is missing (see above)"
                 lines.append(f"{op:<12} {device:<7} {backend:<10} {reason or 'yes'}")
+    lines.append("")
+    lines += [f"{backend}: {remark}" for backend, remark in data["remarks"].items()]
     lines.append("")
     for name, meaning in VARIABLES.items():
         lines.append(f"{name}={data['environment'][name] or ''}  ({meaning})")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
+import skips
 import torch
 
 import gtp_kernels
@@ -97,12 +100,53 @@ def test_the_environment_variable_forces(monkeypatch: pytest.MonkeyPatch) -> Non
         gtp_kernels.attention_with_scores(Q, Q, Q)
 
 
-def test_gpu_tensors_run_the_reference_until_triton_has_run_on_a_gpu() -> None:
+def test_gpu_tensors_run_triton_without_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for op in backends.OPS:
+            assert backends._automatic(op, "cuda") == "triton"
+    assert "takes GPU tensors" in str(backends.refusal("triton", "attention", "cpu"))
+
+
+def test_gpu_tensors_without_triton_run_the_reference_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     backends._warned.clear()
-    with pytest.warns(gtp_kernels.BackendWarning, match="it is opt-in: use_backend\\('triton'\\)"):
+    with pytest.warns(gtp_kernels.BackendWarning, match="triton is not installed"):
         assert backends._automatic("attention", "cuda") == "reference"
-    assert backends.refusal("triton", "attention", "cuda") is None
-    assert "takes GPU tensors" in backends.refusal("triton", "attention", "cpu")
+
+
+def test_the_interpreter_takes_cpu_tensors_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.refusal("triton", "attention", "cpu") is None
+    assert "its interpreter takes CPU tensors" in str(backends.refusal("triton", "attention", "cuda"))
+    assert backends._automatic("attention", "cpu") == "cpu"
+
+
+def test_no_op_relies_on_the_default_device(backend: str) -> None:
+    """What an op makes is on the device of its arguments: a tensor that followed the default would carry no data."""
+    x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(1))
+    q, leaf, scales = Q.to(x.device), x.clone().requires_grad_(), torch.ones(1, 9)
+    with torch.device("meta"):
+        for sparsity in (1.0, 0.6):
+            attended = q.clone().requires_grad_()
+            out, scores = gtp_kernels.attention_with_scores(attended, q, q, scales, sparsity=sparsity)
+            out.sum().backward()
+        graph = gtp_kernels.build_graph(x, (2, 4), num_neighbours=2)
+        results = [attended.grad, out, *scores, graph.indptr, graph.indices, graph.values, graph.token]
+        weight = torch.zeros(1, 2, 9, 9, device=x.device)
+        results += [graph.to_dense()]
+        results += [t for name in ("Random", "CosSimMax") for t in gtp_kernels.select(weight, name, 3)]
+        for standard in ("GraphProp", "Mean", "None"):
+            kept, prop = gtp_kernels.select(scores, num_prop=3)
+            y, normed, view, new = gtp_kernels.residual_propagate_norm(
+                leaf, x, graph, kept, prop, standard=standard, token_scales=scales
+            )
+            (y.sum() + normed.sum()).backward()
+            results += [kept, prop, y, normed, view.token, new, leaf.grad]
+        results += list(gtp_kernels.propagate(x, graph.to_dense(), kept, prop, token_scales=scales))
+    assert {t.device for t in results} == {x.device}
 
 
 def test_meta_tensors_take_the_fake_kernel() -> None:
@@ -165,6 +209,7 @@ def test_info_prints_reasons_and_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert info.main([]) == 0
     printed = capsys.readouterr().out
     assert "this version has no CUDA C++ kernel for attention" in printed
+    assert "triton: the default on GPU tensors" in printed
     assert info.main(["--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["ops"]["attention"]["cpu"]["cpu"] is None
@@ -217,3 +262,32 @@ def test_another_thread_does_not_undo_the_guard_of_compiled_code() -> None:
         thread.join()
         compiled(Q)
     assert {name for _, name in ran} == {"reference"}
+
+
+def test_no_skip_is_stale() -> None:
+    """Every pattern of the list of skipped tests matches a test that its way of running collects."""
+    for way, listed in skips.SKIPS.items():
+        if not listed:
+            continue
+        files = sorted({pattern.split("::")[0] for pattern, _ in listed})
+        # On a GPU the tests have the names that they have in the interpreter.
+        environment = dict(os.environ, TRITON_INTERPRET="0" if way == skips.CPU else "1")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+        collected = [skips.without_folder(line) for line in done.stdout.splitlines() if "::" in line]
+        assert collected, done.stdout + done.stderr
+        for pattern, why in listed:
+            assert why
+            assert any(skips.matches(pattern, test) for test in collected), f"{way}: {pattern} matches no test"
+
+
+def test_a_pattern_matches_whole_ids() -> None:
+    assert skips.matches("test_a.py::test_b[triton-*]", "test_a.py::test_b[triton-x-1.0]")
+    assert not skips.matches("test_a.py::test_b", "test_a.py::test_b[triton]")
+    assert not skips.matches("test_a.py::test_b[t?iton]", "test_a.py::test_b[triton]")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, measure, models, registry, runner, tome
+from benchmarks import gpu, measure, models, readme, registry, runner, tome, tune
 
 testing = pytest.importorskip("click.testing")
 timm = pytest.importorskip("timm")
 
 CPU = registry.Setting(torch.device("cpu"), torch.float32, 8, tiny=True)
+ROOT = Path(__file__).resolve().parents[1]
 CEILINGS = measure.Ceilings(1e9, 1e9)
 
 
@@ -67,11 +72,11 @@ def test_tome_keeps_the_class_token_and_the_weight_of_every_patch() -> None:
 
 
 @pytest.fixture
-def tiny() -> torch.nn.Module:
+def tiny() -> Any:
     return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=4).eval()
 
 
-def test_tome_and_slicing_with_nothing_to_drop_are_the_model(tiny: torch.nn.Module) -> None:
+def test_tome_and_slicing_with_nothing_to_drop_are_the_model(tiny: Any) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = tiny(images)
@@ -79,7 +84,7 @@ def test_tome_and_slicing_with_nothing_to_drop_are_the_model(tiny: torch.nn.Modu
         torch.testing.assert_close(models.sliced(tiny, 0)(images), expected)
 
 
-def test_baselines_share_the_weights_and_leave_the_model_alone(tiny: torch.nn.Module) -> None:
+def test_baselines_share_the_weights_and_leave_the_model_alone(tiny: Any) -> None:
     sliced = models.sliced(tiny, 3)
     assert all(a is b for a, b in zip(sliced.parameters(), tiny.parameters(), strict=True))
     assert type(tiny.blocks[0]).__name__ == "Block"
@@ -114,6 +119,30 @@ def test_wrong_results_are_not_timed() -> None:
     assert "median" not in result
 
 
+def test_one_case_that_breaks_does_not_take_the_others() -> None:
+    def breaks() -> None:
+        raise RuntimeError("no kernel image\nand more")
+
+    def fine() -> None:
+        pass
+
+    case = registry.Case(
+        "op", "good", {"ours": fine, "lacking": breaks, "plain": fine}, fine, parts={"p": ("plain", fine)}
+    )
+    told: list[tuple[str, float]] = []
+    bad, good = runner.run_cases(
+        [registry.Case("op", "bad", {"ours": fine}, breaks), case], CPU.device, CEILINGS, rounds=2, dtype="float32",
+        progress=lambda what, share: told.append((what, share)),
+    )  # fmt: skip
+    assert bad["error"] == "RuntimeError: no kernel image"
+    assert "median" not in bad
+    assert set(good["median"]) == {"ours", "plain"}
+    assert good["left_out"] == {"lacking": "RuntimeError: no kernel image"}
+    assert good["parts"]["p"]["of"] == "plain"
+    assert told[0] == ("checking op bad", 0.0)
+    assert told[-1] == ("timing op good", 1.0)
+
+
 def test_run_writes_what_plot_draws(tmp_path: Path) -> None:
     from benchmarks.run import main
 
@@ -136,8 +165,13 @@ def test_run_writes_what_plot_draws(tmp_path: Path) -> None:
 def test_run_times_a_model_against_its_baselines() -> None:
     case = models.model_case("vit_tiny_patch16_224", 1, CPU, img_size=64, depth=1, embed_dim=32, num_heads=2)
     (result,) = runner.run_cases([case], CPU.device, CEILINGS, rounds=1, dtype="float32")
-    assert list(result["median"]) == ["ours", "timm", "slicing", "tome", "tome overhead"]
+    assert list(result["median"]) == ["ours", "timm", "slicing", "tome"]
     assert result["per_second"]["ours"] > 0
+    assert result["ceiling_share"] > 0
+    overhead = result["parts"]["tome overhead"]
+    assert overhead["of"] == "tome"
+    assert overhead["median"] > 0
+    assert overhead["share"] > 0
 
 
 def test_folders_are_named_after_devices() -> None:
@@ -154,20 +188,21 @@ def test_gpu_steps_record_what_happened(tmp_path: Path, monkeypatch: pytest.Monk
 
     outcomes = {"good": lambda left: {"status": "passed"}, "breaks": breaks, "lacks": lacks}
     monkeypatch.setattr(gpu, "pieces", lambda step, context: iter(outcomes.items()))
-    monkeypatch.setattr(
-        measure, "provenance", lambda device: dict.fromkeys(("commit", "device", "torch", "triton"), "x")
-    )
-    context = gpu.Context(True, tmp_path)
+    origin = dict.fromkeys(("source", "device", "torch", "triton"), "x")
+    monkeypatch.setattr(measure, "provenance", lambda device: origin)
+    context = gpu.Context(False, tmp_path)
 
     def statuses(budget: float) -> dict[str, str]:
-        found = gpu.run_step("ops", context, budget)["pieces"]
-        assert json.loads((tmp_path / "ops.json").read_text())["pieces"] == found
+        found = gpu.run_step("tests", context, budget)["pieces"]
+        assert json.loads((tmp_path / "tests.json").read_text())["pieces"] == found
         return {name: piece["status"] for name, piece in found.items()}
 
     assert statuses(0) == dict.fromkeys(outcomes, "pending")
     assert statuses(60) == {"good": "passed", "breaks": "failed", "lacks": "absent"}
-    outcomes["good"] = breaks  # done before at this commit, so not run again
+    outcomes["good"] = breaks  # done before with these sources, so not run again
     assert statuses(60)["good"] == "passed"
+    origin["source"] = "y"
+    assert statuses(60)["good"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +218,262 @@ def test_gpu_steps_record_what_happened(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_sanitizer_that_did_not_watch_is_refused(
     status: int, output: str, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
     monkeypatch.setattr(gpu, "_run", lambda *_, **__: (status, output))
     assert gpu._sanitize(gpu.Context(False, Path()), "memcheck", 1)["status"] == verdict
+
+
+def test_time_that_was_up_is_no_failure_before_the_last_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
+    monkeypatch.setattr(gpu, "_run", lambda *_, **__: (None, "so far"))
+    context = gpu.Context(False, Path(), budget=100)
+    for piece in (gpu._sanitize(context, "memcheck", 20), gpu._smoke(context, 20), gpu._tests(context, "x.py", 20)):
+        assert piece["status"] == "pending"
+    # It had the whole step to itself.
+    assert gpu._sanitize(context, "memcheck", 99)["status"] == "failed"
+
+
+def test_results_say_where_they_come_from() -> None:
+    found = measure.provenance()
+    assert {"date", "commit", "source", "device", "torch", "triton", "python"} <= set(found)
+    assert found["source"] == measure.source_digest()
+
+
+def gpu_report(step: str, pieces: dict[str, Any], **more: object) -> dict[str, Any]:
+    origin = {"device": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "torch": "2.11.0", "triton": "3.6.0"}
+    return {**origin, "commit": "abc1234", "capability": [9, 0], "step": step, "pieces": pieces, **more}
+
+
+def timed(case: str, shape: str, ratio: dict[str, float], **more: object) -> dict[str, Any]:
+    median = {"ours": 2e-5, **{name: 2e-5 / value for name, value in ratio.items()}}
+    return {"case": case, "shape": shape, "dtype": "bfloat16", "median": median, "ratio": ratio, **more}
+
+
+def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
+    about = {"model": "deit_small_patch16_224", "batch": 128, "num_prop": 8}
+    model = timed("deit", "B128 P8", {"timm": 0.5, "slicing": 1.0, "tome": 0.8}, per_second={"ours": 43210.0}, **about)
+    wrong = {"case": "graph", "shape": "B2", "dtype": "bfloat16", "error": "differs"}
+    op = timed("attention", "B128 N197", {"sdpa": 0.8}, ceiling_share=0.61)
+    reports = {
+        "nvidia-h200/models.json": gpu_report("models", {"deit": {"status": "passed", "results": [model]}}),
+        "nvidia-h200/ops.json": gpu_report("ops", {"attention": {"status": "failed", "results": [op, wrong]}}),
+        "nvidia-h200/tests.json": gpu_report(
+            "tests", {"test_select.py": {"status": "passed", "tests": 9, "skipped": 2, "failures": 0, "errors": 0}}
+        ),
+        "nvidia-h200/sanitize.json": gpu_report("sanitize", {"racecheck": {"status": "refused"}}),
+        "dry/ops.json": gpu_report("ops", {}, dry_run=True),
+        "cpu/ops.json": {"device": "x86_64", "results": [op]},
+    }
+    for name, report in reports.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(report))
+    found = readme.load(tmp_path)
+    assert set(found) == {"nvidia-h200"}
+    text = readme.render(found)
+    assert "**NVIDIA H200**, driver 580.1, CUDA 13.0, torch 2.11.0, Triton 3.6.0; commit abc1234" in text
+    assert "| deit_small_patch16_224 | 128 | 8 | bfloat16 | 43,210 | 2.00 | 1.00 | 1.25 |" in text
+    assert "| attention | B128 N197 | bfloat16 | 20.0 | 1.25 | 61% |" in text
+    assert "| graph | B2 | bfloat16 | wrong result |" in text
+    assert "tests: 7 ran, 0 failed" in text
+    assert "racecheck refused" in text
+    assert "ops, not passed: attention failed" in text
+    assert readme.render(readme.load(tmp_path / "cpu")) == "Not yet measured on a GPU."
+
+
+def test_readme_is_what_the_results_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert readme.replaced(text, readme.render(readme.load(ROOT / "benchmarks" / "results"))) == text
+    assert readme.main(["--check"]) == 0
+    with pytest.raises(ValueError, match="each once"):
+        readme.replaced("no comments", "")
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("triton")
+    from gtp_kernels.triton import configs
+
+    return configs
+
+
+def test_an_override_leaves_nothing_behind(configs: Any) -> None:
+    def ask(tokens: int = 17, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+        return dict(configs.lookup("attention", torch.device("cpu"), dtype, tokens=tokens, size=16))
+
+    shipped, other = ask(), {"rows": 99}
+    with configs.override("attention", other, torch.float32, tokens=17) as asked:
+        assert ask() == other
+        assert ask(18) == shipped
+        assert ask(17, torch.float16) != other
+        with configs.override() as inner:
+            assert ask() == other
+        with configs.override("attention", shipped):
+            assert ask() == shipped
+        with configs.override("rank", other):
+            assert ask() == other
+    assert ask() == shipped
+    assert [(one.choice, one.dimensions["tokens"], dict(one.tile)) for one in inner] == [("attention", 17, shipped)]
+    assert len(asked) == 6
+    with pytest.raises(ValueError, match="a choice together with a tile"), configs.override("attention"):
+        pass
+
+
+def test_the_search_finds_the_fastest_that_is_right() -> None:
+    tried: list[tune.Tile] = []
+
+    def evaluate(tiles: list[tune.Tile]) -> list[tune.Verdict]:
+        tried.extend(tiles)
+
+        # Best at 64 rows and 8 warps; 128 rows do not fit; 2 stages are slow for one of the problems.
+        def verdict(tile: tune.Tile) -> tune.Verdict:
+            if tile["rows"] == 128:
+                return "too large"
+            a = abs(tile["rows"] - 64) / 100 + abs(tile["num_warps"] - 8) / 10 + 0.4
+            return {"a": a, "b": 2.5 if tile["num_stages"] == 2 else 0.5}
+
+        return [verdict(tile) for tile in tiles]
+
+    shipped = {"rows": 16, "num_warps": 4, "num_stages": 1}
+    found = tune.search("attention", shipped, [{"rows": 32, "num_warps": 4, "num_stages": 1}, {"other": 1}], evaluate)
+    best = min(found, key=lambda pair: tune.score(pair[1]))
+    assert best[0]["rows"] == 64
+    assert best[0]["num_warps"] == 8
+    assert best[0]["num_stages"] != 2
+    assert len({json.dumps(tile, sort_keys=True) for tile in tried}) == len(tried)
+    assert any(verdict == "too large" for _, verdict in found)
+    assert len(tune.search("attention", shipped, [], evaluate, limit=2)) == 2
+    assert tune.score({"a": 0.5, "b": 1.2}) == float("inf")  # slower on one
+    assert tune.score("too large") == float("inf")
+    assert tune.score({}) == 1
+
+
+class FakeBench:
+    """Stands in for ``tune.Bench``: tiles by the ratios that they get, first and when timed again."""
+
+    def __init__(self, ratios: dict[int, tuple[float, float]], spilling: tuple[int, ...] = ()) -> None:
+        self.ratios, self.spilling, self.rounds, self.calls = ratios, spilling, 3, {"problem": None}
+        self.device = torch.device("cpu")
+
+    def evaluate(self, tiles: list[tune.Tile], rounds: int = 0) -> list[tune.Verdict]:
+        return [{"problem": self.ratios[tile["num_warps"]][rounds > 0]} for tile in tiles]
+
+    def spills(self, tile: tune.Tile) -> str | None:
+        return "spills: 8" if tile["num_warps"] in self.spilling else None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "spilling", "winner"),
+    [
+        ({1: (0.5, 0.5), 2: (0.7, 0.7), 8: (0.9, 0.9), 16: (1.5, 1.5)}, (), 1),
+        ({1: (0.5, 0.5), 2: (0.7, 0.7), 8: (0.9, 0.9), 16: (1.5, 1.5)}, (1,), 2),
+        ({1: (0.5, 1.2), 2: (0.7, 0.7), 8: (0.9, 0.9), 16: (1.5, 1.5)}, (), 2),  # it was noise
+        ({1: (0.98, 0.9), 2: (1, 1), 8: (1, 1), 16: (1, 1)}, (), 4),  # too little to change anything
+    ],
+)
+def test_only_what_is_clearly_faster_ships(
+    ratios: dict[int, tuple[float, float]], spilling: tuple[int, ...], winner: int, configs: Any
+) -> None:
+    job, shipped = tune.Job("norm", "float32", ()), {"num_warps": 4}
+    bench: Any = FakeBench(ratios, spilling)
+    found = tune.tune(job, shipped, bench, crashed=[{"num_warps": 16}])
+    assert found["tile"] == {"num_warps": winner}
+    assert {"tile": {"num_warps": 16}, "why": "the process ended while it ran"} in found["tried"]
+    if winner == 2:
+        (one,) = (entry for entry in found["tried"] if entry["tile"] == {"num_warps": 1})
+        assert "why" in one
+
+
+def job(tokens: int, warps: int, *, limit: int | None = None, dtype: str = "bfloat16") -> dict[str, Any]:
+    return {
+        "choice": "rank", "dtype": dtype, "dimensions": {"tokens": tokens}, "shipped": {"num_warps": 4},
+        "limits": {} if limit is None else {"tokens": limit}, "tile": {"num_warps": warps},
+    }  # fmt: skip
+
+
+def test_every_class_is_met_by_its_own_entry(configs: Any, tmp_path: Path) -> None:
+    jobs = [job(785, 8), job(109, 4, limit=256), job(197, 2, limit=256), job(197, 4, dtype="float32")]
+    report = {"arch": "sm_90", "jobs": dict(enumerate(jobs))}
+    (tmp_path / "sm_90.json").write_text(
+        json.dumps({"rank": [{"dtypes": ["bfloat16"], "max_tokens": 785, "tile": {"num_warps": 1}}], "emit": []})
+    )
+    path = tune.write({"pieces": {"tune": {"found": report}}}, tmp_path)
+    assert path == tmp_path / "sm_90.json"
+    content = json.loads(path.read_text())
+    assert content == {
+        "rank": [
+            {"dtypes": ["bfloat16"], "max_tokens": 109, "tile": {"num_warps": 4}},
+            {"dtypes": ["bfloat16"], "max_tokens": 256, "tile": {"num_warps": 2}},
+            {"dtypes": ["bfloat16"], "max_tokens": 785, "tile": {"num_warps": 8}},
+        ],
+        "emit": [],
+    }
+
+    def first(tokens: int) -> int:
+        known = (entry for entry in content["rank"] if configs.matches(entry, torch.bfloat16, {"tokens": tokens}))
+        return next(known)["tile"]["num_warps"]
+
+    assert [first(tokens) for tokens in (61, 109, 197, 257, 785)] == [4, 4, 2, 8, 8]
+    assert tune.write({"arch": "sm_90", "jobs": {"": job(197, 4)}}, tmp_path) is None
+    for refused in ({"arch": "interpreter", "jobs": {}}, {**report, "tiny": True}, {}):
+        with pytest.raises(ValueError, match="not the report of a GPU"):
+            tune.write(refused, tmp_path)
+
+
+def test_candidates_must_give_the_same(configs: Any) -> None:
+    x, i = torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.arange(100)
+    problem = tune.Problem("p", lambda: lambda: (), 1e-3)
+    assert tune.difference((x, i), (x * (1 + 1e-5), i), problem) is None
+    assert "relative error" in str(tune.difference((x, i), (x * 1.01, i), problem))
+    assert "relative error" in str(tune.difference((x * float("nan"), i), (x, i), problem))
+    assert "places" in str(tune.difference((x, i), (x, i.roll(1)), problem))
+    assert "outputs" in str(tune.difference((x,), (x, i), problem))
+    assert "int64" in str(tune.difference((i,), (x,), problem))
+    graph = tune.Problem("g", lambda: lambda: (), 1e-3, flips=0.02)
+    other = i.clone()
+    other[3] = 0
+    assert tune.difference((other,), (i,), graph) is None
+    assert tune.difference((i.roll(1),), (i,), graph) is not None
+    # An edge more in a row shifts every later one; the rows are compared.
+    indptr, indices = torch.tensor([[0, 1, 3]], dtype=torch.int32), torch.tensor([[1, 0, 1, 0]], dtype=torch.int32)
+    edges, values = tune._adjacency((indptr, indices, torch.tensor([[1.0, 2.0, 3.0, 0.0]])))
+    assert edges.tolist() == [[False, True, True, True]]
+    assert values.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_every_key_of_a_tile_can_be_varied(configs: Any) -> None:
+    for choice, several in configs.load("default").items():
+        for entry in several:
+            for key, value in entry["tile"].items():
+                values = tune.values_of(choice, key, value)
+                assert value in values
+                # Twice a flag is no size of a block.
+                known = key in tune.VALUES or f"{choice}.{key}" in tune.VALUES
+                assert known or value != 1, (choice, key)
+
+
+@pytest.mark.slow
+def test_the_tuner_reaches_every_choice_and_goes_on(configs: Any, tmp_path: Path) -> None:
+    report = tmp_path / "tune.json"
+    before = {path: path.read_bytes() for path in configs.FOLDER.glob("*.json")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    command = [sys.executable, "-m", "benchmarks.tune", "--tiny", "--write", "--json", str(report)]
+
+    def start(*more: str) -> dict[str, Any]:
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return {"output": done.stdout, **json.loads(report.read_text())}
+
+    found = start()
+    assert {one["choice"] for one in found["jobs"].values()} == set(configs.load("default"))
+    assert all(len(one["tried"]) <= 1 for one in found["jobs"].values())
+    timed = [one for job in found["jobs"].values() for one in job["tried"] if "ratios" in one]
+    assert len(timed) > len(found["jobs"]) / 2
+    assert found["trying"] is None
+    key = next(key for key, one in found["jobs"].items() if one["choice"] == "importance")
+    crashed = found["jobs"].pop(key)["tried"][0]["tile"]
+    report.write_text(json.dumps({**found, "trying": {"job": key, "tile": crashed}}))
+    again = start("--choice", "importance")
+    assert again["output"].startswith(key)
+    assert again["output"].count("\n") == 1
+    assert again["jobs"][key]["tried"] == [{"tile": crashed, "why": "the process ended while it ran"}]
+    assert {path: path.read_bytes() for path in configs.FOLDER.glob("*.json")} == before

@@ -73,14 +73,45 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy.py").write_text(TOY)
+    return run_apart(TOY, tmp_path_factory.mktemp("toy"))
+
+
+def run_apart(program: str, folder: Path) -> dict[str, Any]:
+    """What a program prints last, as JSON."""
+    (folder / "program.py").write_text(program)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    command = [sys.executable, str(folder / "toy.py"), str(folder / "cache")]
+    command = [sys.executable, str(folder / "program.py"), str(folder / "cache")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+TUNED = """
+import json
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from benchmarks import tune
+from benchmarks.launches import TARGETS, pretend
+
+found = {}
+with pretend(TARGETS["sm_90"]), FakeTensorMode():
+    x = torch.empty(2, 17, 256, device="cuda:0")
+    kept, prop = (torch.empty(2, size, dtype=torch.int64, device="cuda:0") for size in (13, 3))
+    weight = torch.empty(2, 16, 16, device="cuda:0")
+    bench = object.__new__(tune.Bench)  # its own start would run the op
+    bench.job, bench.device = tune.Job("dense", "float32", ()), x.device
+    bench.calls = {"dense": (None, lambda: tune._operators().propagate_dense(x, weight, kept, prop, None, 0.1, 1))}
+    for name, rows, channels, warps in (("good", 16, 64, 4), ("bad", 64, 128, 1)):
+        found[name] = bench.spills({"rows": rows, "channels": channels, "num_warps": warps})
+print(json.dumps(found))
+"""
+
+
+def test_the_tuner_refuses_what_spills(tmp_path: Path) -> None:
+    found = run_apart(TUNED, tmp_path)
+    assert found["good"] is None
+    assert found["bad"].startswith("spills: ")
 
 
 def test_launches_are_recorded_once_and_compiled(toy: dict[str, Any]) -> None:
@@ -144,6 +175,47 @@ def test_reports_of_the_compilers_are_read() -> None:
     assert compile_check._from_ptxas(log) == Resources(168, 28)
     assert compile_check._from_ptxas("").error is not None
     assert compile_check._from_amdgcn(".vgpr_count: 88\n.vgpr_spill_count: 3\n") == Resources(88, 3)
+
+
+def test_the_cache_outlives_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert compile_check.cache_folder() == tmp_path / "cache" / "gtp-kernels" / "compile-check"
+    assert compile_check.cache_folder().is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compile_check.cache_folder() == ROOT / "build" / "compile-check"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compile_check.cache_folder() == tmp_path / ".cache" / "gtp-kernels" / "compile-check"
+
+
+KERNEL = """
+import triton
+@triton.jit
+def inner(x):
+    return x * 2
+@triton.jit
+def outer(p):
+    triton.language.store(p, inner(triton.language.load(p)))
+"""
+KEYS = """
+import importlib, json
+from benchmarks.launches import content_key
+
+found = {}
+for name in ("one", "moved", "changed"):
+    kernel = importlib.import_module(name).outer
+    found[name] = [content_key(kernel), kernel.starting_line_number]
+print(json.dumps(found))
+"""
+
+
+def test_the_cache_is_by_content_not_by_line(tmp_path: Path) -> None:
+    for name, text in (("one", KERNEL), ("moved", "\n\n" + KERNEL), ("changed", KERNEL.replace("* 2", "* 3"))):
+        (tmp_path / f"{name}.py").write_text(text)
+    found = run_apart(KEYS, tmp_path)
+    assert found["one"][1] + 2 == found["moved"][1]
+    assert found["one"][0] == found["moved"][0] != found["changed"][0]
 
 
 def test_a_damaged_cache_is_not_believed(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import backend_params
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import close
 from torch import Tensor
 
 import gtp_kernels
-from gtp_kernels import TokenGraph, reference
+from gtp_kernels import TokenGraph, backends, reference
+from gtp_kernels.ops import _library
+
+# Those whose operators are registered with torch; the definition is not.
+OPERATOR_BACKENDS = [name for name in backend_params() if name != "reference"]
 
 
 def embedded(batch: int, num_tokens: int, channels: int = 24, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,15 +55,41 @@ def test_matches_definition(backend: str, dtype: torch.dtype, graph_type: str, s
 
 
 @pytest.mark.parametrize(
-    ("grid", "channels"), [((14, 14), 384), ((16, 16), 192), ((1, 17), 8), ((9, 1), 5), ((28, 28), 48)]
+    ("grid", "channels", "dtype"),
+    [
+        ((4, 4), 24, torch.bfloat16),
+        ((1, 17), 8, torch.float32),
+        ((9, 1), 5, torch.float32),
+        ((2, 31), 12, torch.bfloat16),
+        ((14, 14), 384, torch.float32),
+        ((16, 16), 64, torch.bfloat16),
+        ((28, 28), 24, torch.float32),
+    ],
 )
-def test_sizes(backend: str, grid: tuple[int, int], channels: int) -> None:
-    x = embedded(2, grid[0] * grid[1] + 1, channels)
+def test_sizes(backend: str, grid: tuple[int, int], channels: int, dtype: torch.dtype) -> None:
+    x = embedded(1 if grid == (28, 28) else 2, grid[0] * grid[1] + 1, channels, dtype)
     ours = gtp_kernels.build_graph(x, grid)
     theirs = reference.build_graph(x.double(), grid)
     check_csr(ours)
     assert torch.equal(ours.indices, theirs.indices)
     assert torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize(
+    ("grid", "neighbours", "dtype"),
+    [
+        *(((4, 4), m, dtype) for m in (1, 2, 15) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        ((9, 8), 66, torch.float32),
+    ],
+)
+def test_numbers_of_neighbours(backend: str, grid: tuple[int, int], neighbours: int, dtype: torch.dtype) -> None:
+    x = embedded(1, grid[0] * grid[1] + 1, 16, dtype)
+    for graph_type in ("Semantic", "Mixed"):
+        ours = gtp_kernels.build_graph(x, grid, graph_type, neighbours)
+        theirs = reference.build_graph(x.double(), grid, graph_type, neighbours)
+        check_csr(ours)
+        assert torch.equal(ours.indices, theirs.indices)
+        assert torch.equal(ours.values, theirs.values)
 
 
 def test_spatial_is_the_eight_neighbours(backend: str) -> None:
@@ -81,6 +112,17 @@ def test_exact_ties_take_the_lower_index_and_never_exceed_m(backend: str) -> Non
     x = torch.ones(1, 9, 4)
     graph = gtp_kernels.build_graph(x, (3, 3), "Semantic", 2, 0, "paper")
     assert graph.indices.reshape(9, 2).tolist() == [[1, 2], [0, 2]] + [[0, 1]] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_many_exact_ties(backend: str, dtype: torch.dtype) -> None:
+    # Signed unit vectors: every similarity is -1, 0 or 1, exactly.
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.randint(0, 3, (2, 71), generator=generator)
+    sign = torch.randint(0, 2, (2, 71, 1), generator=generator) * 2 - 1
+    x = (torch.nn.functional.one_hot(kind, 5) * sign).to(dtype)
+    ours = gtp_kernels.build_graph(x, (7, 10), "Semantic", 9)
+    assert torch.equal(ours.indices, reference.build_graph(x, (7, 10), "Semantic", 9).indices)
 
 
 def test_zero_and_nan_rows(backend: str) -> None:
@@ -152,11 +194,13 @@ def test_graph_does_not_depend_on_threads(cpu_backend: str) -> None:
     assert all(torch.equal(graphs[0].indices, g.indices) for g in graphs)
 
 
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS, indirect=True)
 @pytest.mark.parametrize("graph_type", ["Spatial", "Semantic", "Mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(graph_type: str, dtype: torch.dtype) -> None:
+def test_opcheck(backend: str, graph_type: str, dtype: torch.dtype) -> None:
     x = embedded(2, 13, dtype=dtype)
-    torch.library.opcheck(torch.ops.gtp_kernels.build_graph, (x, 3, 4, graph_type, 3, 1, "official"))
+    ops = _library.operators(backends.choose("graph", x))
+    torch.library.opcheck(ops.build_graph, (x, 3, 4, graph_type, 3, 1, "official"))
 
 
 def test_compile_fullgraph(backend: str) -> None:

@@ -48,14 +48,14 @@ OPTIONS = dict(num_prop=2, sparsity=0.6, num_neighbours=3)
 
 
 def build(key="vit", dtype=torch.float64, seed=0, **changes):
-    """A small model with random weights that let every part matter, in evaluation mode."""
+    """A small model with random weights that let every part matter, the same on every device, in evaluation mode."""
     name, options, _ = MODELS[key]
     torch.manual_seed(seed)
-    model = timm.create_model(name, pretrained=False, **dict(options, num_classes=10, **changes))
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        model = timm.create_model(name, pretrained=False, **dict(options, num_classes=10, **changes))
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model.to(torch.get_default_device(), dtype).eval()
 
 
 def images(model, batch=2, seed=1, size=None):
@@ -90,7 +90,7 @@ def plain_features(model, x, config):
         graph = reference.build_graph(
             x, grid_size, config.graph_type, config.num_neighbours, prefix, config.semantics
         ).to_dense()
-    scales = torch.ones(x.shape[:2]) if config.token_scale else None
+    scales = torch.ones(x.shape[:2], device=x.device) if config.token_scale else None
     for block, num_prop in zip(model.blocks, config.schedule(len(model.blocks)), strict=True):
         post_norm = isinstance(block, timm_vit.ResPostBlock)
         branch, weights = plain_attention(block.attn, x if post_norm else block.norm1(x), scales, config)
@@ -138,7 +138,7 @@ def assert_unchanged(model, before):
 
 
 @pytest.mark.parametrize("key", MODELS)
-def test_against_plain_forward(key):
+def test_against_plain_forward(backend, key):
     model = build(key)
     assert model.num_prefix_tokens == MODELS[key][2]
     x, config = images(model), GTPConfig(**OPTIONS)
@@ -154,34 +154,38 @@ def test_against_plain_forward(key):
     assert (result - unpatched).abs().max() > 1e-3
 
 
+CHANGES = [
+    dict(semantics="paper"),
+    dict(token_scale=False),
+    dict(sparsity=1.0),
+    dict(alpha=-0.3),
+    dict(propagation="Mean"),
+    dict(propagation="Mean", num_prop=1),
+    dict(propagation="None"),
+    dict(propagation="None", graph_type="None"),
+    dict(graph_type="Spatial"),
+    dict(graph_type="Semantic"),
+    dict(num_neighbours=0),
+    dict(num_prop=(3, 0, 2)),
+    dict(num_prop=0),
+    dict(num_prop=(0, 4, 0), sparsity=1.0),
+    dict(num_prop=5),
+    dict(selection="None"),
+    *(dict(selection=name) for name in gtp_kernels.checks.SCORE_STANDARDS),
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("key", "options"),
     [
-        dict(semantics="paper"),
-        dict(token_scale=False),
-        dict(sparsity=1.0),
-        dict(alpha=-0.3),
-        dict(propagation="Mean"),
-        dict(propagation="Mean", num_prop=1),
-        dict(propagation="None"),
-        dict(propagation="None", graph_type="None"),
-        dict(graph_type="Spatial"),
-        dict(graph_type="Semantic"),
-        dict(num_neighbours=0),
-        dict(num_prop=(3, 0, 2)),
-        dict(num_prop=0),
-        dict(num_prop=(0, 4, 0), sparsity=1.0),
-        dict(num_prop=5),
-        dict(selection="None"),
-        *(dict(selection=name) for name in gtp_kernels.checks.SCORE_STANDARDS),
+        pytest.param(key, options, id=f"{key}-{options}")
+        for key in ("vit", "res-post norm")
+        for options in CHANGES
+        if MODELS[key][2] or not options.get("selection", "").startswith("CLS")
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("key", ["vit", "res-post norm"])
-def test_options_against_plain_forward(key, options):
+def test_options_against_plain_forward(backend, key, options):
     model = build(key)
-    if options.get("selection", "").startswith("CLS") and not model.has_class_token:
-        pytest.skip("no class token")
     options = OPTIONS | options
     x, config = images(model), GTPConfig(**options)
     with torch.no_grad():
@@ -190,7 +194,7 @@ def test_options_against_plain_forward(key, options):
 
 
 @pytest.mark.parametrize("selection", ["CosSimMean", "CosSimMax"])
-def test_cosine_selection_uses_the_map_and_says_so(selection):
+def test_cosine_selection_uses_the_map_and_says_so(backend, selection):
     model = build()
     x, config = images(model), GTPConfig(**OPTIONS, selection=selection)
     with torch.no_grad():
@@ -200,7 +204,7 @@ def test_cosine_selection_uses_the_map_and_says_so(selection):
         assert_same(model(x), expected)
 
 
-def test_random_selection_follows_the_seed():
+def test_random_selection_follows_the_seed(backend):
     model = gtp_vit.patch(build(), **OPTIONS, selection="Random")
     x, left = images(model), []
     for seed in (0, 0, 1):
@@ -212,18 +216,19 @@ def test_random_selection_follows_the_seed():
     assert not torch.equal(left[0], left[2])
 
 
-def test_backends_agree():
-    model = build(dtype=torch.float32)
+@pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
+def test_float32_agrees_with_the_definition(backend, key):
+    model = build(key, dtype=torch.float32)
     gtp_vit.patch(model, **OPTIONS | dict(sparsity=1.0))
     x = images(model)
     with torch.no_grad():
         result = model(x)
-        with gtp_kernels.use_backend("reference"):
+        with gtp_kernels.use_backend("reference"), gtp_kernels.backends.record():
             expected = model(x)
     assert_same(result, expected, 1e-4)
 
 
-def test_gate_and_head_size():
+def test_gate_and_head_size(backend):
     """Head sizes other than C / H, and a gate on the attention, which no registered model combines."""
     model = build()
     for block in model.blocks:
@@ -238,7 +243,7 @@ def test_gate_and_head_size():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 96), (80, 64), (48, 48)])
-def test_dynamic_sizes(size):
+def test_dynamic_sizes(backend, size):
     model = build("dynamic size")
     x, config = images(model, size=size), GTPConfig(**OPTIONS)
     with torch.no_grad():
@@ -246,14 +251,14 @@ def test_dynamic_sizes(size):
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     model = gtp_vit.patch(build(), **OPTIONS)
     with torch.no_grad():
         assert model(images(model, batch=0)).shape == (0, 10)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm", "no affine"])
-def test_norms(norm):
+def test_norms(backend, norm):
     layer = norm
     if norm == "no affine":
 
@@ -325,7 +330,7 @@ def test_patch_is_in_place_and_keeps_the_config():
     assert isinstance(model.blocks[0], timm_vit.Block)
 
 
-def test_a_forward_leaves_nothing_on_the_modules():
+def test_a_forward_leaves_nothing_on_the_modules(backend):
     model = gtp_vit.patch(build(), **OPTIONS)
     before = snapshot(model)
     with gtp_vit.trace(model):
@@ -337,7 +342,7 @@ def test_a_forward_leaves_nothing_on_the_modules():
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "torch.save", "pickle protocol 2"])
-def test_copies_and_pickles(how):
+def test_copies_and_pickles(backend, how):
     model = gtp_vit.patch(build("deit distilled"), **OPTIONS)
     x = images(model)
     if how == "deepcopy":
@@ -373,7 +378,7 @@ def test_load_state_dict_before_and_after():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "res-post norm", "rms norm, swiglu"])
-def test_low_precision_weights(key, dtype):
+def test_low_precision_weights(backend, key, dtype):
     model = build(key, dtype=torch.float32)
     x, options = images(model), OPTIONS | dict(sparsity=1.0)
     with torch.no_grad():
@@ -384,14 +389,14 @@ def test_low_precision_weights(key, dtype):
 
 
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "clip", "rms norm, swiglu", "q/k norm, attention norm"])
-def test_autocast(key):
+def test_autocast(backend, key):
     model = build(key, dtype=torch.float32)
     x, options = images(model), OPTIONS | dict(sparsity=1.0)
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             unpatched = model.forward_features(x)
         expected = gtp_vit.patch(model, **options)(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             features, result = model.forward_features(x), model(x)
     assert features.dtype == unpatched.dtype
     assert torch.nn.functional.cosine_similarity(result.float(), expected).min() > 0.98
@@ -416,7 +421,7 @@ def test_hooks_fire():
     assert seen == order
 
 
-def test_hooks_that_change_a_weight_are_honoured():
+def test_hooks_that_change_a_weight_are_honoured(backend):
     model = build("dinov2")
     prune.random_unstructured(model.blocks[0].norm2, "weight", 0.5)
     prune.random_unstructured(model.blocks[1].ls1, "gamma", 0.5)
@@ -430,7 +435,7 @@ def test_hooks_that_change_a_weight_are_honoured():
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
 
 
-def test_threads_share_one_model():
+def test_threads_share_one_model(backend):
     model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
     inputs = [images(model, seed=seed) for seed in range(4)]
     with torch.no_grad():
@@ -440,7 +445,7 @@ def test_threads_share_one_model():
 
     def serve(index):
         start.wait()
-        with torch.no_grad():
+        with torch.no_grad(), gtp_kernels.use_backend(backend):
             results[index].extend(model(inputs[index]) for _ in range(10))
 
     threads = [threading.Thread(target=serve, args=(index,)) for index in range(len(inputs))]
@@ -453,18 +458,18 @@ def test_threads_share_one_model():
         assert all(torch.equal(result, expected[index]) for result in got)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_full_graph(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_full_graph(backend, compiler):
     model = gtp_vit.patch(build("dinov2", dtype=torch.float32, depth=2), **OPTIONS | dict(sparsity=1.0))
     x = images(model)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(x)
-        result = torch.compile(model, fullgraph=True, backend=backend)(x)
+        result = torch.compile(model, fullgraph=True, backend=compiler)(x)
     assert_same(result, expected, 1e-4)
 
 
-def test_compile_with_symbolic_sizes():
+def test_compile_with_symbolic_sizes(backend):
     model = gtp_vit.patch(build("dinov2", dtype=torch.float32, depth=2), **OPTIONS)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -474,13 +479,40 @@ def test_compile_with_symbolic_sizes():
             assert_same(compiled(x), model(x), 1e-4)
 
 
+if torch.cuda.is_available():
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_cuda_graph_without_synchronisation(key, dtype):
+        model = gtp_vit.patch(build(key, dtype=dtype), **OPTIONS).to("cuda")
+        first, second = (images(model, seed=seed).to("cuda") for seed in (1, 2))
+        x, graph, stream = first.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.no_grad(), gtp_kernels.backends.record() as ran:
+            with torch.cuda.stream(stream):
+                expected = [model(each) for each in (first, second)]
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                model(x)
+                with torch.cuda.graph(graph):
+                    result = model(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for each, features in zip((first, second), expected, strict=True):
+                x.copy_(each)
+                graph.replay()
+                assert torch.equal(result, features)
+        assert {name for _, name in ran} == {"triton"}
+
+
 # Training
 
 
 @pytest.mark.parametrize(
     "key", ["vit", "deit distilled", "dinov2 registers", "clip", "res-post norm", "rms norm, swiglu"]
 )
-def test_gradients(key):
+def test_gradients(backend, key):
     model = build(key)
     x, config = images(model), GTPConfig(**OPTIONS)
     target = torch.randn(2, 10, dtype=torch.float64)
@@ -494,7 +526,7 @@ def test_gradients(key):
         assert_same(parameter.grad, expected[name])
 
 
-def test_training_mode_with_dropout():
+def test_training_mode_with_dropout(backend):
     """Drop path and projection dropout act on the branch before the fused step: same draws, same result."""
     model = build("deit 3", drop_path_rate=0.5, proj_drop_rate=0.2).train()
     x, config = images(model, batch=4), GTPConfig(**OPTIONS)
@@ -508,7 +540,7 @@ def test_training_mode_with_dropout():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_gradient_checkpointing():
+def test_gradient_checkpointing(backend):
     model = gtp_vit.patch(build("dinov2").train(), **OPTIONS)
     x = images(model)
     model(x).square().sum().backward()
@@ -530,7 +562,7 @@ def test_gradient_checkpointing():
 
 @pytest.mark.parametrize("propagation", ["GraphProp", "Mean", "None"])
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
-def test_trace(key, propagation):
+def test_trace(backend, key, propagation):
     model = gtp_vit.patch(build(key), **OPTIONS | dict(num_prop=(2, 0, 3), propagation=propagation))
     x = images(model)
     with torch.no_grad(), gtp_vit.trace(model) as trace:

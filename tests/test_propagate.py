@@ -6,16 +6,30 @@ import math
 
 import pytest
 import torch
+from conftest import backend_params
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import close
 from torch import Tensor
 
 import gtp_kernels
-from gtp_kernels import TokenGraph, checks, reference
+from gtp_kernels import TokenGraph, backends, checks, reference
+from gtp_kernels.ops import _library
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GRIDS = {9: (3, 3), 16: (4, 4), 35: (5, 7), 196: (14, 14)}
+GRIDS = {
+    1: (1, 1),
+    9: (3, 3),
+    16: (4, 4),
+    35: (5, 7),
+    62: (2, 31),
+    100: (10, 10),
+    196: (14, 14),
+    256: (16, 16),
+    784: (28, 28),
+}
+# Those whose operators are registered with torch; the definition is not.
+OPERATOR_BACKENDS = [name for name in backend_params() if name != "reference"]
 
 
 def case(
@@ -28,6 +42,11 @@ def case(
     order = torch.rand(batch, n, generator=generator).argsort(1) + num_prefix
     scales = 0.5 + torch.rand(batch, num_prefix + n, generator=generator)
     return x, graph, order[:, : n - num_prop].contiguous(), order[:, n - num_prop :].contiguous(), scales
+
+
+def fast(backend: str) -> bool:
+    """Whether a gradient check compares random projections of the Jacobians: the interpreter is slow."""
+    return backend == "triton"
 
 
 def check_step(
@@ -80,15 +99,85 @@ def test_numbers_of_propagated_tokens(backend: str, num_prop: int, standard: str
         close(scales_out.sum(1), scales.sum(1))
 
 
+@pytest.mark.parametrize(
+    ("n", "num_prop", "dtype"),
+    [
+        (1, 0, torch.float32),
+        (16, 1, torch.bfloat16),
+        (16, 15, torch.float32),
+        (62, 31, torch.float16),
+        (62, 61, torch.bfloat16),
+        (196, 40, torch.bfloat16),
+        (196, 195, torch.float32),
+        (256, 8, torch.bfloat16),
+        (784, 1, torch.float32),
+        (784, 700, torch.bfloat16),
+    ],
+)
+def test_every_size(backend: str, n: int, num_prop: int, dtype: torch.dtype) -> None:
+    x, graph, kept, prop, scales = case(n, num_prop, batch=2 if n < 196 else 1, channels=8)
+    x = x.to(dtype)
+    check_step(x, graph, kept, prop, "GraphProp", 0.3, scales, 1)
+    ours = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, alpha=0.3, norm="none", token_scales=scales)
+    theirs = reference.residual_propagate_norm(x, x, graph, kept, prop, alpha=0.3, norm="none", token_scales=scales)
+    close(ours[0], theirs[0])
+    close(ours[3], theirs[3])
+
+
+@pytest.mark.parametrize(("n", "num_prop"), [(1, 0), (16, 15), (62, 1), (196, 100)])
+def test_dense_form_of_every_size(backend: str, n: int, num_prop: int) -> None:
+    x, graph, kept, prop, scales = case(n, num_prop, channels=8)
+    check_step(x.bfloat16(), graph.to_dense(), kept, prop, "GraphProp", 0.3, scales, 1)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 384, 1024])
 def test_channels(backend: str, channels: int) -> None:
-    x, graph, kept, prop, scales = case(n=196, num_prop=14, channels=channels)
+    x, graph, kept, prop, scales = case(n=35, num_prop=5, channels=channels)
     check_step(x.float(), graph, kept, prop, "GraphProp", 0.1, scales, 1)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_rows_longer_than_a_block(backend: str, norm: str) -> None:
+    x, graph, kept, prop, scales = case(n=9, num_prop=2, batch=1, channels=9000)
+    x = x.float()
+    vector = torch.linspace(0.5, 1.5, 9000)
+    options = {"norm": norm, "norm_weight": vector, "token_scales": scales, "layer_scale": vector}
+    ours = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, **options)
+    theirs = reference.residual_propagate_norm(x, x, graph, kept, prop, **options)
+    close(ours[0], theirs[0])
+    close(ours[1], theirs[1])
+    grad = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (
+        torch.autograd.grad(module.propagate(leaf, graph, kept, prop)[0], leaf, grad)[0]
+        for module, leaf in ((gtp_kernels, x.requires_grad_()), (reference, x.requires_grad_()))
+    )
+    close(ours, theirs)
+
+
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    # Two images 2**31 elements apart. Memory that nobody touches costs nothing, unless it is filled.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x, graph, kept, prop, scales = case(n=9, num_prop=3, channels=8)
+    far = torch.empty(2**31 + 10 * 8, dtype=torch.bfloat16).as_strided((2, 10, 8), (2**31, 8, 1))
+    far.copy_(x)
+    near = far.contiguous()
+    for one, other in zip(
+        gtp_kernels.residual_propagate_norm(far, far, graph, kept, prop, token_scales=scales)[:2],
+        gtp_kernels.residual_propagate_norm(near, near, graph, kept, prop, token_scales=scales)[:2],
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    for weight in (graph, graph.to_dense()):
+        assert torch.equal(
+            gtp_kernels.propagate(far, weight, kept, prop)[0], gtp_kernels.propagate(near, weight, kept, prop)[0]
+        )
+    one, other = (gtp_kernels.build_graph(t, (3, 3), num_neighbours=3).indices for t in (far, near))
+    assert torch.equal(one, other)
 
 
 def test_the_law_of_the_graph_over_layers(backend: str) -> None:
     """propagate(x, G)[1].to_dense() == propagate(x, G.to_dense())[1], layer after layer."""
-    x, graph, _, _, scales = case(n=196, num_prop=0, channels=8)
+    x, graph, _, _, scales = case(n=100, num_prop=0, channels=8)
     sparse, dense, x_sparse, x_dense = graph, graph.to_dense(), x.float(), x.float()
     scales_dense = scales
     for layer in range(5):
@@ -163,7 +252,7 @@ def test_gradcheck(backend: str, standard: str, dense: bool) -> None:
     def out_only(x: Tensor) -> Tensor:
         return gtp_kernels.propagate(x, weight, kept, prop, standard, 0.3, scales, num_prefix=2)[0]
 
-    assert torch.autograd.gradcheck(out_only, [x.requires_grad_()])
+    assert torch.autograd.gradcheck(out_only, [x.requires_grad_()], fast_mode=fast(backend))
 
 
 def test_only_x_gets_a_gradient(backend: str) -> None:
@@ -248,7 +337,7 @@ def test_residual_gradcheck(backend: str, norm: str, standard: str) -> None:
         )
         return (out,) if normed is None else (out, normed)
 
-    assert torch.autograd.gradcheck(step, leaves[:used])
+    assert torch.autograd.gradcheck(step, leaves[:used], fast_mode=fast(backend))
 
 
 def test_results_do_not_depend_on_threads(cpu_backend: str) -> None:
@@ -267,13 +356,14 @@ def test_results_do_not_depend_on_threads(cpu_backend: str) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("standard", checks.PROPAGATIONS)
-def test_opcheck(dtype: torch.dtype, standard: str) -> None:
+def test_opcheck(backend: str, dtype: torch.dtype, standard: str) -> None:
     x, graph, kept, prop, scales = case(n=9, num_prop=3)
     x = x.to(dtype).requires_grad_()
     parts = (graph.indptr, graph.indices, graph.values, graph.token) if standard == "GraphProp" else (None,) * 4
-    ops = torch.ops.gtp_kernels
+    ops = _library.operators(backends.choose("propagate", x))
     torch.library.opcheck(ops.propagate, (x, *parts, kept, prop, scales, standard, 0.1, 1))
     torch.library.opcheck(ops.propagate, (x, *parts, kept, prop, None, standard, 0.1, 1))
     grad = ops.propagate(x.detach(), *parts, kept, prop, None, standard, 0.1, 1)[0]
@@ -412,7 +502,7 @@ def test_second_order_gradients(backend: str, dense: bool) -> None:
     def squared(x: Tensor) -> Tensor:
         return gtp_kernels.propagate(x, weight, kept, prop)[0] ** 2
 
-    assert torch.autograd.gradgradcheck(squared, [x.requires_grad_()])
+    assert torch.autograd.gradgradcheck(squared, [x.requires_grad_()], fast_mode=fast(backend))
 
 
 def test_second_order_gradients_of_the_residual_step(backend: str) -> None:
@@ -423,7 +513,8 @@ def test_second_order_gradients_of_the_residual_step(backend: str) -> None:
         out, normed, _, _ = gtp_kernels.residual_propagate_norm(x, x, graph, kept, prop, norm_weight=weight)
         return out * normed
 
-    assert torch.autograd.gradgradcheck(step, [x.requires_grad_(), weight.requires_grad_()])
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    assert torch.autograd.gradgradcheck(step, leaves, fast_mode=fast(backend))
 
 
 def test_forward_mode_is_refused_not_dropped(cpu_backend: str) -> None:

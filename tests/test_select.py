@@ -6,14 +6,19 @@ import math
 
 import pytest
 import torch
+from conftest import backend_params
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import close
 from torch import Tensor
 
 import gtp_kernels
-from gtp_kernels import AttentionScores, checks, reference
+from gtp_kernels import AttentionScores, backends, checks, reference
+from gtp_kernels.ops import _library
 from gtp_kernels.reference.select import map_rows
+
+# Those whose operators are registered with torch; the definition is not.
+OPERATOR_BACKENDS = [name for name in backend_params() if name != "reference"]
 
 
 def scores_of(batch: int, heads: int, num_tokens: int, dtype: torch.dtype = torch.float32) -> AttentionScores:
@@ -53,15 +58,63 @@ def test_importance_of_nan_is_nan(backend: str) -> None:
         assert gtp_kernels.token_importance(scores, standard).isnan().tolist() == [[False, False, False, True, False]]
 
 
+SIZES = [
+    # n image tokens, and P: both ends and between
+    (1, 0), (2, 1), (16, 0), (16, 1), (16, 15), (62, 31), (63, 8), (63, 62), (196, 0), (196, 14), (196, 195), (256, 13),
+    (256, 255), (784, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 63, 197, 257, 785])
+def test_importance_of_every_size(backend: str, num_tokens: int) -> None:
+    scores = scores_of(2, 3, num_tokens)
+    for standard in ("MixedAttnMax", "SumAttnMax", "IMGAttnMean"):
+        for num_prefix in (0, 1):
+            ours = gtp_kernels.token_importance(scores, standard, num_prefix, "paper")
+            close(ours, reference.token_importance(scores, standard, num_prefix, "paper"))
+
+
+def test_importance_of_strided_scores(backend: str) -> None:
+    wide = torch.rand(3, 21, 2, 8, generator=torch.Generator().manual_seed(0))
+    diag, colsum, cls_row = wide[:, 2:19, 1].transpose(1, 2), wide[..., 0, 3].unsqueeze(1)[..., :17], wide[:, 4:, 0, :1]
+    scores = AttentionScores(diag, colsum.expand(-1, 8, -1), cls_row.transpose(1, 2).expand(-1, 8, -1))
+    for standard in ("MixedAttnMax", "SumAttnMax", "CLSAttnMean"):
+        ours = gtp_kernels.token_importance(scores, standard, 1, "paper")
+        close(ours, reference.token_importance(scores, standard, 1, "paper"))
+
+
 @pytest.mark.parametrize("order", ["grid", "importance"])
-@pytest.mark.parametrize("num_prefix", [0, 1, 5])
-@pytest.mark.parametrize(("count", "num_prop"), [(1, 0), (2, 1), (63, 8), (196, 0), (196, 14), (196, 195), (784, 100)])
+@pytest.mark.parametrize(
+    ("num_prefix", "count", "num_prop"), [(0, 63, 8), (5, 63, 8), (0, 1, 0), *((1, *size) for size in SIZES)]
+)
 def test_selection_matches_definition(backend: str, order: str, num_prefix: int, count: int, num_prop: int) -> None:
-    importance = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+    importance = torch.randn(2, count, generator=torch.Generator().manual_seed(count))
     ours = gtp_kernels.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
     theirs = reference.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert ours[1].shape == (3, num_prop)
+    assert ours[1].shape == (2, num_prop)
+
+
+@pytest.mark.parametrize("order", ["grid", "importance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "num_prop"), [(16, 9), (63, 31), (196, 120), (256, 40)])
+def test_selection_among_exact_ties_and_nan(
+    backend: str, order: str, dtype: torch.dtype, count: int, num_prop: int
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    values = torch.tensor([math.nan, -math.inf, -1.0, -0.0, 0.0, 1.0, 1.0, math.inf], dtype=dtype)
+    importance = values[torch.randint(0, 8, (2, count), generator=generator)]
+    ours = gtp_kernels.select_tokens(importance, num_prop, order=order)
+    theirs = reference.select_tokens(importance, num_prop, order=order)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_selection_from_strided_importance(backend: str) -> None:
+    wide = torch.randn(4, 80, 3, generator=torch.Generator().manual_seed(0))
+    for importance in (wide[::2, 5:68, 1], wide[:2, :63, 0].t().contiguous().t(), wide[:1, :63, 0].expand(3, -1)):
+        ours = gtp_kernels.select_tokens(importance, 20)
+        theirs = reference.select_tokens(importance, 20)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_tie_rule_on_integers(backend: str) -> None:
@@ -162,9 +215,10 @@ def test_empty_batch_and_single_token(backend: str) -> None:
     assert kept.shape == prop.shape == (2, 0)
 
 
+@pytest.mark.parametrize("backend", OPERATOR_BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype: torch.dtype) -> None:
-    ops = torch.ops.gtp_kernels
+def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+    ops = _library.operators(backends.choose("select", torch.empty(0)))
     scores = scores_of(2, 3, 12, dtype)
     torch.library.opcheck(ops.token_importance, (*scores, "MixedAttnMax", 1, "paper"))
     for order in checks.ORDERS:

@@ -16,9 +16,16 @@ TOLERANCE = {
     torch.float16: (2**-10, 2e-5),
 }
 
+# The share of the error of eager PyTorch in the same half type that a kernel may make which rounds the weights to that
+# type before they multiply v, as FlashAttention does.
+OF_EAGER = 2.0
+
 
 def close(actual: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> None:
-    """Asserts |actual − expected| ≤ atol + rtol·|expected| + slack; the same shape, dtype and places of NaN."""
+    """Asserts |actual − expected| ≤ atol + rtol·|expected| + slack; the same shape, dtype and places of NaN.
+
+    ``slack`` is what the computation itself leaves open, per element: each caller says what.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
     assert torch.equal(actual.isnan(), expected.isnan()), "NaN in other places"

@@ -8,17 +8,19 @@ kernels; under ``TRITON_INTERPRET=1`` (set before this import) it launches the i
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
 from gtp_kernels.ops import _library
-from gtp_kernels.triton import attention, graph, propagate, runtime, select
+from gtp_kernels.triton import attention, attention_backward, graph, propagate, runtime, select
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "attention_with_scores": attention.attention_with_scores,
-    "attention_with_scores_backward": attention.attention_with_scores_backward,
+    "attention_with_scores_backward": attention_backward.attention_with_scores_backward,
     "token_importance": select.token_importance,
     "select_tokens": select.select_tokens,
     "propagate": propagate.propagate,
@@ -29,15 +31,27 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _name_kernels(operator: str, launcher: Callable[..., Any]) -> None:
+    """Tells torch which kernels an operator launches: their source is part of the key of torch.compile's caches.
+
+    torch looks for calls of ``wrap_triton`` by name and does not find them behind ``runtime.launch``.
+    """
+    known = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+    if known is not None:
+        values = vars(sys.modules[launcher.__module__]).values()
+        known[operator] = [value for value in values if isinstance(value, triton.JITFunction)]
+
+
 def _register(name: str, launcher: Callable[..., Any]) -> None:
     schema = next(line for line in _library.SCHEMAS if line.startswith(f"{name}("))
     full, signature = f"{_library.TRITON_NAMESPACE}::{name}", schema[len(name) :]
     operator: Any
     if runtime.INTERPRETED:
         operator = torch.library.custom_op(full, launcher, mutates_args=(), schema=signature)
-        operator.register_fake(_library.fakes[name])
     else:
         operator = torch.library.triton_op(full, launcher, mutates_args=(), schema=signature)
+        _name_kernels(full, launcher)
+    operator.register_fake(_library.fakes[name])
     if name in _library.backwards:
         backward, setup_context = _library.backwards[name]
         call = functools.partial(backward, getattr(torch.ops, _library.TRITON_NAMESPACE))

@@ -12,23 +12,7 @@ from torch import Tensor
 
 from gtp_kernels.reference.attention import compute_dtype
 from gtp_kernels.reference.graph import edge_capacity, num_semantic_neighbours
-from gtp_kernels.triton import runtime
-
-
-def nearest_tile(neighbours: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(rows, columns, channels per step, num_warps) of the kernel of the top M."""
-    if neighbours > 64 and dtype != torch.float64:
-        return 16, 32, 16, 4 if neighbours <= 128 else 8 if neighbours <= 256 else 16
-    if dtype == torch.float64:
-        return 16, 16, 8, 8
-    return (32, 64, 64, 8) if dtype in (torch.bfloat16, torch.float16) else (32, 64, 16, 4)
-
-
-def emit_tile(candidates: int) -> tuple[int, int, int, int]:
-    """(rows, candidates, candidates compared at once, num_warps) of the kernel that writes the edges."""
-    block_t = max(runtime.next_power_of_2(candidates), 8)
-    block_u = min(block_t, 16)
-    return max(4096 // (block_t * block_u), 1), block_t, block_u, 4
+from gtp_kernels.triton import configs, runtime
 
 
 def dot_precision() -> str:
@@ -240,7 +224,7 @@ def build_graph(
     indptr = x.new_empty(batch, n + 1, dtype=torch.int32)
     indices = x.new_empty(batch, edges, dtype=torch.int32)
     values = x.new_empty(batch, edges, dtype=torch.float32)
-    if batch == 0:
+    if isinstance(batch, int) and batch == 0:  # a symbolic batch is not looked at
         return indptr, indices, values
     spatial = graph_type != "Semantic"
     semantic = graph_type != "Spatial" and neighbours > 0
@@ -250,26 +234,34 @@ def build_graph(
         dtype = compute_dtype(x.dtype)
         wide = dtype == torch.float64
         inverse = x.new_empty(batch, n, dtype=dtype)
+        tile = configs.lookup("norm", x.device, x.dtype)
         runtime.launch(_norm_kernel)[(batch * n,)](
-            x, inverse, n, channels, num_prefix, *x.stride(), WIDE=wide, BLOCK_C=512, num_warps=4
-        )
-        block_i, block_j, block_c, num_warps = nearest_tile(neighbours, x.dtype)
-        blocks = triton.cdiv(n, block_i)
+            x, inverse, n, channels, num_prefix, *x.stride(), WIDE=wide, BLOCK_C=tile["channels"],
+            num_warps=tile["num_warps"],
+        )  # fmt: skip
+        tile = configs.lookup("nearest", x.device, x.dtype, neighbours=int(neighbours))
+        blocks = triton.cdiv(n, tile["rows"])
+        # The matrix units of gfx11 have layouts for no tensor narrower than 16: "least_best" widens the best so far.
+        best = max(runtime.next_power_of_2(int(neighbours)), tile["least_best"])
         runtime.launch(_nearest_kernel)[(batch * blocks,)](
             x, inverse, nearest, n, channels, num_prefix, neighbours, blocks, *x.stride(), WIDE=wide,
-            CAST=runtime.INTERPRETED, PRECISION=dot_precision(), BLOCK_I=block_i, BLOCK_J=block_j, BLOCK_C=block_c,
-            BLOCK_M=runtime.next_power_of_2(int(neighbours)), num_warps=num_warps, num_stages=2,
+            CAST=runtime.INTERPRETED, PRECISION=dot_precision(), BLOCK_I=tile["rows"], BLOCK_J=tile["columns"],
+            BLOCK_C=tile["channels"], BLOCK_M=best, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         )  # fmt: skip
-    listed = neighbours if semantic else 0
+    listed = int(neighbours) if semantic else 0
+    tile = configs.lookup("indptr", x.device, torch.int32)
     runtime.launch(_indptr_kernel)[(batch,)](
-        nearest, indptr, indices, values, n, listed, height, width, edges,
-        SPATIAL=spatial, SEMANTIC=semantic, BLOCK_I=128, BLOCK_T=8, BLOCK_E=512, num_warps=4,
+        nearest, indptr, indices, values, n, listed, height, width, edges, SPATIAL=spatial, SEMANTIC=semantic,
+        BLOCK_I=tile["rows"], BLOCK_T=tile["candidates"], BLOCK_E=tile["padding"], num_warps=tile["num_warps"],
     )  # fmt: skip
     if edges and n:
-        block_i, block_t, block_u, num_warps = emit_tile(int(listed) + 8)
-        blocks = triton.cdiv(n, block_i)
+        tile = configs.lookup("emit", x.device, torch.int32, neighbours=listed)
+        candidates = max(runtime.next_power_of_2(listed + 8), 8)
+        others = min(candidates, tile["others"])
+        rows = max(tile["compared"] // (candidates * others), 1)
+        blocks = triton.cdiv(n, rows)
         runtime.launch(_emit_kernel)[(batch * blocks,)](
-            nearest, indptr, indices, values, n, listed, height, width, edges, blocks,
-            SPATIAL=spatial, SEMANTIC=semantic, BLOCK_I=block_i, BLOCK_T=block_t, BLOCK_U=block_u, num_warps=num_warps,
+            nearest, indptr, indices, values, n, listed, height, width, edges, blocks, SPATIAL=spatial,
+            SEMANTIC=semantic, BLOCK_I=rows, BLOCK_T=candidates, BLOCK_U=others, num_warps=tile["num_warps"],
         )  # fmt: skip
     return indptr, indices, values

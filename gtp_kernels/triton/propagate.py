@@ -16,22 +16,14 @@ from torch import Tensor
 
 from gtp_kernels.ops import _library
 from gtp_kernels.reference.attention import compute_dtype
-from gtp_kernels.triton import runtime
+from gtp_kernels.triton import configs, runtime
 
-_MAX_BLOCK_C = 8192
-_DIRECT_PROP = 32
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 
-def row_tile(channels: int) -> tuple[int, int]:
-    """(channels per program, num_warps) of the kernels that work row by row; 8 values a thread, 16 in long rows."""
-    block = min(max(runtime.next_power_of_2(channels), 32), _MAX_BLOCK_C)
-    return block, 16 if block > 4096 else min(max(block // 256, 1), 8)
-
-
-def dense_tile(wide: bool) -> tuple[int, int, int]:
-    """(rows, channels) of a program and num_warps of the dense kernel."""
-    return (16, 16, 4) if wide else (16, 64, 4)
+def _row_block(channels: int, largest: int) -> int:
+    """Channels of a program of the kernels that work row by row: the whole row, up to ``largest``."""
+    return min(max(runtime.next_power_of_2(channels), 32), largest)
 
 
 def split_float(value: float) -> tuple[float, float]:
@@ -479,24 +471,26 @@ def _transition(
         scales_out = _library.absent(x, torch.float32)
     else:
         scales_out = token_scales.new_empty(batch, rows)
-    if batch == 0 or rows == 0:
+    if rows == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
         return out, normed, token_out, scales_out
 
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     origins = edges = 0
     walks = graph and num_prop > 0
-    direct = num_prop <= _DIRECT_PROP
+    tile = configs.lookup("row", x.device, dtype, channels=int(channels), leaving=int(num_prop) if walks else 0)
+    # More leaving tokens than "compared" are looked up in a table that another kernel makes.
+    direct = num_prop <= tile["compared"]
     block_p = 0
     leaver = kept
     if graph:
         indptr, indices, values, token = _graph_arrays(indptr, indices, values, token)
         origins, edges = indptr.shape[1] - 1, indices.shape[1]
         if walks:
-            block_p = min(max(runtime.next_power_of_2(int(num_prop)), 8), _DIRECT_PROP)
+            block_p = min(max(runtime.next_power_of_2(int(num_prop)), 8), tile["compared"])
             if not direct:
                 leaver = _leavers(token, prop, tokens, num_prefix, origins)
     wide = compute_dtype(dtype) == torch.float64
-    block_c, num_warps = row_tile(int(channels))
+    block_c = _row_block(int(channels), tile["channels"])
     blocks_c = max(triton.cdiv(channels, block_c), 1)
     norm_kind = _NORMS[norm]
     weight = None if norm_weight is None else norm_weight.contiguous()
@@ -514,12 +508,14 @@ def _transition(
         BRANCH=branch is not None, LAYER_SCALE=layer_scale is not None, GRAPH=graph, DIRECT=direct, MEAN=mean,
         SCALES=token_scales is not None, SCALES_WIDE=token_scales is not None and token_scales.dtype == torch.float64,
         NORM=norm_kind if blocks_c == 1 else 0, WEIGHT=weight is not None, BIAS=bias is not None, WIDE=wide,
-        BLOCK_P=block_p, BLOCK_E=16 if block_p > 16 else 32, BLOCK_C=block_c, num_warps=num_warps,
+        BLOCK_P=block_p, BLOCK_E=tile["edges"], BLOCK_C=block_c, num_warps=tile["num_warps"],
     )  # fmt: skip
     if norm_kind and blocks_c > 1:
+        long = configs.lookup("long_row", x.device, dtype)
         runtime.launch(_norm_kernel)[(batch * rows,)](
             out, x if weight is None else weight, x if bias is None else bias, normed, channels, eps_high, eps_low,
-            NORM=norm_kind, WEIGHT=weight is not None, BIAS=bias is not None, WIDE=wide, BLOCK_C=4096, num_warps=8,
+            NORM=norm_kind, WEIGHT=weight is not None, BIAS=bias is not None, WIDE=wide, BLOCK_C=long["channels"],
+            num_warps=long["num_warps"],
         )  # fmt: skip
     return out, normed, token_out, scales_out
 
@@ -537,11 +533,13 @@ def _leavers(token: Tensor, prop: Tensor, tokens: int, num_prefix: int, origins:
     """int32 [B, n0]: the row of x of each original token that leaves, -1 for the others."""
     batch, num_prop = prop.shape
     leaver = token.new_empty(batch, origins, dtype=torch.int32)
-    blocks = triton.cdiv(origins, 64)
+    tile = configs.lookup("leaver", token.device, token.dtype)
+    blocks = triton.cdiv(origins, tile["tokens"])
     if blocks:
         runtime.launch(_leaver_kernel)[(batch * blocks,)](
-            token, prop, leaver, tokens, num_prop, num_prefix, origins, blocks, BLOCK_T=64, BLOCK_P=64, num_warps=4
-        )
+            token, prop, leaver, tokens, num_prop, num_prefix, origins, blocks,
+            BLOCK_T=tile["tokens"], BLOCK_P=tile["leaving"], num_warps=tile["num_warps"],
+        )  # fmt: skip
     return leaver
 
 
@@ -562,7 +560,7 @@ def propagate_backward(
     num_kept, num_prop = index_kept.shape[1], index_prop.shape[1]
     tokens = num_prefix + num_kept + num_prop
     grad_x = grad.new_empty(batch, tokens, channels)
-    if batch == 0 or tokens == 0 or channels == 0:
+    if tokens == 0 or channels == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
         return grad_x
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     graph = standard == "GraphProp" and num_prop > 0
@@ -571,13 +569,14 @@ def propagate_backward(
         indptr, indices, values, token = _graph_arrays(indptr, indices, values, token)
         origins, edges = indptr.shape[1] - 1, indices.shape[1]
     wide = grad.dtype == torch.float64
-    block_c, num_warps = row_tile(int(channels))
+    tile = configs.lookup("propagate_backward", grad.device, grad.dtype, channels=int(channels))
+    block_c = _row_block(int(channels), tile["channels"])
     runtime.launch(_backward_kernel)[(batch * tokens, triton.cdiv(channels, block_c))](
         grad, kept if indptr is None else indptr, kept if indices is None else indices,
         grad if values is None else values, kept if token is None else token, kept, prop, grad_x,
         tokens, channels, num_kept, num_prop, num_prefix, origins, edges, *grad.stride(), *split_float(alpha),
         GRAPH=graph, MEAN=standard == "Mean" and num_prop > 0, WIDE=wide,
-        BLOCK_K=32, BLOCK_E=16, BLOCK_C=block_c, num_warps=max(num_warps, 4),
+        BLOCK_K=tile["kept"], BLOCK_E=tile["edges"], BLOCK_C=block_c, num_warps=tile["num_warps"],
     )  # fmt: skip
     return grad_x
 
@@ -598,22 +597,22 @@ def propagate_dense(
     out = x.new_empty(batch, rows, channels)
     weight_out = weight.new_empty(batch, num_kept, num_kept)
     scales_out = _library.absent(x, torch.float32) if token_scales is None else token_scales.new_empty(batch, rows)
-    if batch == 0 or rows == 0:
+    if rows == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
         return out, weight_out, scales_out
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     wide = compute_dtype(x.dtype) == torch.float64
-    block_i, block_c, num_warps = dense_tile(wide)
-    blocks = triton.cdiv(rows, block_i)
-    runtime.launch(_dense_kernel)[(batch * blocks, max(triton.cdiv(channels, block_c), 1))](
+    tile = configs.lookup("dense", x.device, x.dtype)
+    blocks = triton.cdiv(rows, tile["rows"])
+    runtime.launch(_dense_kernel)[(batch * blocks, max(triton.cdiv(channels, tile["channels"]), 1))](
         x, weight, kept, prop, x if token_scales is None else token_scales.contiguous(), out, scales_out,
         tokens, channels, num_kept, num_prop, num_prefix, blocks, *x.stride(), *weight.stride(), *split_float(alpha),
         SCALES=token_scales is not None, SCALES_WIDE=token_scales is not None and token_scales.dtype == torch.float64,
-        WIDE=wide, BLOCK_I=block_i, BLOCK_C=block_c, num_warps=num_warps,
+        WIDE=wide, BLOCK_I=tile["rows"], BLOCK_C=tile["channels"], num_warps=tile["num_warps"],
     )  # fmt: skip
     if num_kept:
-        block_k = min(max(runtime.next_power_of_2(int(num_kept)), 32), 256)
-        runtime.launch(_weight_kernel)[(batch * num_kept, triton.cdiv(num_kept, block_k))](
+        tile = configs.lookup("weight", weight.device, weight.dtype, kept=int(num_kept))
+        runtime.launch(_weight_kernel)[(batch * num_kept, triton.cdiv(num_kept, tile["columns"]))](
             weight, kept, weight_out, tokens, num_kept, num_prefix, *weight.stride(),
-            BLOCK_K=block_k, num_warps=max(block_k // 64, 1),
+            BLOCK_K=tile["columns"], num_warps=tile["num_warps"],
         )  # fmt: skip
     return out, weight_out, scales_out

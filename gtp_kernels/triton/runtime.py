@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors. Fixed when the kernels are defined."""
@@ -14,6 +15,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def launch(kernel: Any) -> Any:
     """The kernel, as a launcher may call it inside an operator: visible to torch.compile outside the interpreter."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a tensor has no elements, as far as is known: a symbolic batch is not looked at, and not empty."""
+    return any(isinstance(size, int) and size == 0 for size in tensor.shape)
 
 
 def next_power_of_2(value: int) -> int:

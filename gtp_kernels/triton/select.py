@@ -7,27 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gtp_kernels.triton import runtime
+from gtp_kernels.triton import configs, runtime
 
 _COMBINE = {"CLSAttn": "one", "IMGAttn": "one", "DiagAttn": "one", "SumAttn": "sum", "MixedAttn": "product"}
-
-
-def importance_tile(count: int) -> tuple[int, int]:
-    """(tokens per program, num_warps) of the importance kernel for ``count`` image tokens."""
-    return (64, 2) if count <= 64 else (128, 4)
-
-
-def rank_tile(count: int) -> tuple[int, int, int]:
-    """(tokens per program, tokens compared at once, num_warps) of the kernel that counts ranks."""
-    return (32, 32, 4) if count <= 32 else (64, 32, 4)
-
-
-def compact_tile(count: int) -> tuple[int, int, int, bool]:
-    """(tokens, tokens compared at once, num_warps) of the kernel of the grid order, which has one program an image, and
-    whether it is given the ranks: a second launch pays where one program would be long."""
-    if count <= 128:
-        return (64, 32, 4, False) if count <= 64 else (128, 32, 4, False)
-    return 256, 32, 8, count > 512
 
 
 @triton.jit
@@ -92,10 +74,12 @@ def _importance_kernel(
     tl.store(p_out + b * (N - R) + o_i, b_out, mask=m_i)
 
 
+# torch finds what a kernel writes by following the address of every store back through the values it is made of, to a
+# load or, through calls, to whatever pointers these were given. Ranks decide where indices are stored: so that the
+# importance is not taken for written, the kernels load it themselves.
 @triton.jit
-def _keys(p_row, o_n, m_n, stride_n, WIDE: tl.constexpr):
-    """Integers in the order of the values: NaN lowest, -0 equal to 0; places outside the row are NaN."""
-    b_x = tl.load(p_row + o_n * stride_n, mask=m_n, other=float("nan"))
+def _keys(b_x, WIDE: tl.constexpr):
+    """Integers in the order of the values: NaN lowest, -0 equal to 0."""
     magnitude: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
     infinity: tl.constexpr = 0x7FF0000000000000 if WIDE else 0x7F800000
     if WIDE:
@@ -109,19 +93,14 @@ def _keys(p_row, o_n, m_n, stride_n, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rank_block(p_row, o_i, n, stride_n, WIDE: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """[BLOCK_I] int32: how many tokens come before token i by (value falling, index rising)."""
-    b_key = _keys(p_row, o_i, o_i < n, stride_n, WIDE)
-    b_rank = tl.zeros([BLOCK_I], tl.int32)
-    for j0 in range(0, n, BLOCK_J):
-        o_j = j0 + tl.arange(0, BLOCK_J)
-        b_other = _keys(p_row, o_j, o_j < n, stride_n, WIDE)
-        # [BLOCK_I, BLOCK_J]; a place outside the row has the lowest key and a higher index: it is before nobody.
-        before = (b_other[None, :] > b_key[:, None]) | (
-            (b_other[None, :] == b_key[:, None]) & (o_j[None, :] < o_i[:, None])
-        )
-        b_rank += tl.sum(before.to(tl.int32), axis=1)
-    return b_rank
+def _count_before(b_key, o_i, b_other, o_j):
+    """[BLOCK_I] int32: how many of the tokens j come before token i by (value falling, index rising). A place outside
+    the row is NaN at a higher index: before nobody."""
+    # [BLOCK_I, BLOCK_J]
+    before = (b_other[None, :] > b_key[:, None]) | (
+        (b_other[None, :] == b_key[:, None]) & (o_j[None, :] < o_i[:, None])
+    )
+    return tl.sum(before.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -136,7 +115,13 @@ def _rank_kernel(
     b = pid // blocks
     o_i = (pid % blocks).to(tl.int32) * BLOCK_I + tl.arange(0, BLOCK_I)
     m_i = o_i < n
-    b_rank = _rank_block(p_importance + b * stride_b, o_i, n, stride_n, WIDE, BLOCK_I, BLOCK_J)
+    p_row = p_importance + b * stride_b
+    b_key = _keys(tl.load(p_row + o_i.to(tl.int64) * stride_n, mask=m_i, other=float("nan")), WIDE)
+    b_rank = tl.zeros([BLOCK_I], tl.int32)
+    for j0 in range(0, n, BLOCK_J):
+        o_j = j0 + tl.arange(0, BLOCK_J)
+        b_other = _keys(tl.load(p_row + o_j.to(tl.int64) * stride_n, mask=o_j < n, other=float("nan")), WIDE)
+        b_rank += _count_before(b_key, o_i, b_other, o_j)
     if SCATTER:
         b_index = o_i.to(tl.int64) + R
         tl.store(p_kept + b * K + b_rank, b_index, mask=m_i & (b_rank < K))
@@ -161,7 +146,13 @@ def _compact_kernel(
         if RANKED:
             b_rank = tl.load(p_rank + b * n + o_i, mask=m_i, other=0)
         else:
-            b_rank = _rank_block(p_importance + b * stride_b, o_i, n, stride_n, WIDE, BLOCK_I, BLOCK_J)
+            p_row = p_importance + b * stride_b
+            b_key = _keys(tl.load(p_row + o_i.to(tl.int64) * stride_n, mask=m_i, other=float("nan")), WIDE)
+            b_rank = tl.zeros([BLOCK_I], tl.int32)
+            for j0 in range(0, n, BLOCK_J):
+                o_j = j0 + tl.arange(0, BLOCK_J)
+                b_other = _keys(tl.load(p_row + o_j.to(tl.int64) * stride_n, mask=o_j < n, other=float("nan")), WIDE)
+                b_rank += _count_before(b_key, o_i, b_other, o_j)
         m_kept = m_i & (b_rank < K)
         b_kept = m_kept.to(tl.int32)
         b_place = before + tl.cumsum(b_kept, 0) - b_kept
@@ -178,18 +169,19 @@ def token_importance(
     batch, heads, tokens = diag.shape
     count = tokens - num_prefix
     out = diag.new_empty(batch, count)
-    if batch == 0 or count == 0:
+    if runtime.is_empty(out):
         return out
     kind = standard.removesuffix("Mean").removesuffix("Max")
     paper = semantics == "paper"
     first = cls_row if kind == "CLSAttn" else colsum if kind == "IMGAttn" else diag
-    block, num_warps = importance_tile(count)
-    blocks = triton.cdiv(count, block)
+    tile = configs.lookup("importance", diag.device, diag.dtype, tokens=int(count))
+    blocks = triton.cdiv(count, tile["tokens"])
     runtime.launch(_importance_kernel)[(batch * blocks,)](
         first, colsum, diag, out, heads, tokens, num_prefix, blocks,
         *first.stride(), *colsum.stride(), *diag.stride(),
         COMBINE=_COMBINE[kind], MEAN=standard.endswith("Mean"), MINUS_FIRST=paper and kind == "IMGAttn",
-        MINUS_SECOND=paper and kind in ("SumAttn", "MixedAttn"), BLOCK_N=block, num_warps=num_warps,
+        MINUS_SECOND=paper and kind in ("SumAttn", "MixedAttn"), BLOCK_N=tile["tokens"],
+        num_warps=tile["num_warps"],
     )  # fmt: skip
     return out
 
@@ -200,23 +192,26 @@ def select_tokens(importance: Tensor, num_prop: int, num_prefix: int, order: str
     num_kept = count - num_prop
     kept = importance.new_empty(batch, num_kept, dtype=torch.int64)
     prop = importance.new_empty(batch, num_prop, dtype=torch.int64)
-    if batch == 0 or count == 0:
+    if runtime.is_empty(importance):
         return kept, prop
     scatter = order == "importance"
     wide = importance.dtype == torch.float64
-    block, block_j, num_warps, apart = compact_tile(count)
+    tile = configs.lookup("compact", importance.device, importance.dtype, tokens=int(count))
+    # Whether the one program an image of the grid order is given the ranks, by a launch before it.
+    apart = bool(tile["ranked"])
     rank = kept
     if scatter or apart:
         rank = kept if scatter else importance.new_empty(batch, count, dtype=torch.int32)
-        rank_block, rank_block_j, rank_warps = rank_tile(count)
-        blocks = triton.cdiv(count, rank_block)
+        ranking = configs.lookup("rank", importance.device, importance.dtype, tokens=int(count))
+        blocks = triton.cdiv(count, ranking["tokens"])
         runtime.launch(_rank_kernel)[(batch * blocks,)](
             importance, rank, kept, prop, count, num_kept, num_prefix, blocks, *importance.stride(),
-            SCATTER=scatter, WIDE=wide, BLOCK_I=rank_block, BLOCK_J=rank_block_j, num_warps=rank_warps,
+            SCATTER=scatter, WIDE=wide, BLOCK_I=ranking["tokens"], BLOCK_J=ranking["others"],
+            num_warps=ranking["num_warps"],
         )  # fmt: skip
     if not scatter:
         runtime.launch(_compact_kernel)[(batch,)](
             importance, rank, kept, prop, count, num_kept, num_prefix, *importance.stride(),
-            RANKED=apart, WIDE=wide, BLOCK_I=block, BLOCK_J=block_j, num_warps=num_warps,
+            RANKED=apart, WIDE=wide, BLOCK_I=tile["tokens"], BLOCK_J=tile["others"], num_warps=tile["num_warps"],
         )  # fmt: skip
     return kept, prop

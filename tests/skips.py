@@ -1,0 +1,117 @@
+"""Every test that one way of running the suite leaves out, with the reason. What is not listed here runs.
+
+A pattern is ``file.py::test`` or ``file.py::test[parameters]``, with ``*`` for any characters; it must match the whole
+id of a test. ``test_backends.py`` fails where a pattern matches none.
+"""
+
+from __future__ import annotations
+
+import re
+
+INTERPRETER = "interpreter"
+"""``TRITON_INTERPRET=1``: the backend ``triton`` on CPU tensors."""
+GPU = "gpu"
+"""The tests marked ``gpu``: the backend ``triton`` on GPU tensors."""
+CPU = "cpu"
+"""Everything else: the backends ``reference`` and ``cpu``."""
+
+# Seconds are those of two shared cores. What runs of test_patch_timm.py: a class token, none, registers, layer scale,
+# norms after the branch, a grid that is not square; every option but selections; gradients, types, compilation.
+_MODEL = "8 s and more; other models run the same ops"
+
+SKIPS: dict[str, list[tuple[str, str]]] = {
+    CPU: [
+        (
+            "test_patch_timm.py::test_compile_full_graph[reference-inductor]",
+            "a minute of C++ compilation of plain PyTorch; aot_eager traces the same graph",
+        ),
+        ("test_patch_timm.py::test_compile_with_symbolic_sizes[reference]", "20 s; the ops' own tests compile it"),
+    ],
+    INTERPRETER: [
+        ("test_export.py::*", "interpreted kernels are opaque to the compiler"),
+        *(
+            (f"test_patch_timm.py::test_against_plain_forward[triton-{key}]", _MODEL)
+            for key in (
+                "deit",
+                "deit distilled",
+                "dinov2",
+                "clip",
+                "clip quickgelu",
+                "mae",
+                "gap",
+                "eva",
+                "rms norm, swiglu",
+                "registers without class token",
+                "convolutional stem",
+                "q/k norm, attention norm",
+                "dynamic size",
+            )
+        ),
+        *(
+            (f"test_patch_timm.py::test_gradients[triton-{key}]", _MODEL)
+            for key in ("deit distilled", "dinov2 registers", "clip", "res-post norm", "rms norm, swiglu")
+        ),
+        *(
+            (f"test_patch_timm.py::{test}[triton-{key}*]", _MODEL)
+            for test in ("test_low_precision_weights", "test_autocast")
+            for key in ("dinov2 registers", "rms norm, swiglu")
+        ),
+        ("test_patch_timm.py::test_low_precision_weights[triton-res-post norm-*]", _MODEL),
+        ("test_patch_timm.py::test_autocast[triton-clip]", _MODEL),
+        ("test_patch_timm.py::test_autocast[triton-q/k norm, attention norm]", _MODEL),
+        ("test_patch_timm.py::test_trace[triton-dinov2 registers-*]", _MODEL),
+        ("test_patch_timm.py::test_trace[triton-gap-*]", _MODEL),
+        ("test_patch_timm.py::test_trace[triton-vit-None]", _MODEL),
+        ("test_patch_timm.py::test_options_against_plain_forward[triton-res-post norm-*]", _MODEL),
+        (
+            "test_patch_timm.py::test_options_against_plain_forward[triton-vit-{'selection': '*Attn*'}]",
+            "10 s each; test_select.py has every standard",
+        ),
+        ("test_patch_timm.py::test_norms[triton-layernormfp32]", "10 s; the op is that of layernorm"),
+        ("test_patch_timm.py::test_norms[triton-rmsnormfp32]", "10 s; the op is that of rmsnorm"),
+        ("test_patch_timm.py::test_norms[triton-simplenorm]", "10 s; the op is that of rmsnorm"),
+        ("test_patch_timm.py::test_dynamic_sizes[triton-size1]", "30 s; size0 and size3 run"),
+        ("test_patch_timm.py::test_dynamic_sizes[triton-size2]", "30 s; size0 and size3 run"),
+        ("test_patch_timm.py::test_copies_and_pickles[triton-*]", "30 s each; copies hold no kernels"),
+        (
+            "test_patch_timm.py::test_hooks_that_change_a_weight_are_honoured[triton]",
+            "40 s; hooks are seen above the ops",
+        ),
+        ("test_patch_timm.py::test_random_selection_follows_the_seed[triton]", "30 s; test_select.py draws too"),
+        (
+            "test_patch_timm.py::test_a_forward_leaves_nothing_on_the_modules[triton]",
+            "30 s; test_gradients runs the ops",
+        ),
+        ("test_patch_timm.py::test_training_mode_with_dropout[triton]", "80 s; test_gradients runs the ops"),
+        ("test_patch_timm.py::test_gradient_checkpointing[triton]", "165 s; test_gradients runs the ops"),
+        (
+            "test_patch_timm.py::test_threads_share_one_model[triton]",
+            "the interpreter replaces functions of triton.language while a kernel runs: one thread at a time",
+        ),
+        (
+            "test_patch_timm.py::test_compile_full_graph[triton-inductor]",
+            "interpreted kernels are opaque to the compiler: aot_eager traces the same graph",
+        ),
+        (
+            "test_patch_timm.py::test_compile_with_symbolic_sizes[triton]",
+            "120 s; test_export.py has the sizes, and the ops' tests compile them",
+        ),
+    ],
+    GPU: [],
+}
+
+
+def matches(pattern: str, test: str) -> bool:
+    """Whether ``pattern`` is of ``test``, an id without its folder."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), test) is not None
+
+
+def without_folder(node: str) -> str:
+    """The id that patterns are about, of an id as pytest prints it."""
+    file, _, test = node.partition("::")
+    return f"{file.rpartition('/')[2]}::{test}"
+
+
+def reason(way: str, test: str) -> str | None:
+    """Why the test is left out; None where it runs."""
+    return next((why for pattern, why in SKIPS[way] if matches(pattern, test)), None)
