@@ -201,7 +201,8 @@ def test_no_token_leaves_at_zero(backend: str) -> None:
 def test_random_is_seeded(backend: str) -> None:
     weight = attention(2, 1, 17)
     draws = [
-        gtp_kernels.select(weight, "Random", 5, generator=torch.Generator().manual_seed(seed))[1] for seed in (1, 1, 2)
+        gtp_kernels.select(weight, "Random", 5, generator=torch.Generator(weight.device).manual_seed(seed))[1]
+        for seed in (1, 1, 2)
     ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

@@ -3,10 +3,11 @@
     A = softmax(q kᵀ · scale + log(size)),   A_ij = 0 where A_ij < T      (`attention_map`, `attention_threshold`)
     out = A v,   diag_j = A_jj,   colsum_j = Σ_i A_ij,   cls_row_j = A_0j
 
-Two forms. Up to 256 tokens one program takes one head, whose keys and values stay in cache, and everything is one
-launch. Beyond that (and for other types and head sizes) programs share a head: the row statistics; a sample of the
-map, twice; the candidates; the threshold among them, or, where they do not hold it, by a search; the output; the
-scores. Without a threshold the statistics and the output are one kernel.
+Two forms. Up to 256 tokens one program takes one head, whose keys and values stay in cache: one launch, or with a
+threshold three: the threshold, the search where it is needed, and the rest. Beyond that (and for other types and head
+sizes) programs share a head: the row statistics; a sample of the map, twice; the candidates; the threshold among them,
+or, where they do not hold it, by a search; the output; the scores. Without a threshold the statistics and the output
+are one kernel.
 """
 
 from __future__ import annotations
@@ -40,18 +41,98 @@ _COUNTS = tl.constexpr(2 * 64 + 2)
 
 
 @triton.jit
-def _whole_head_kernel(
-    p_q, p_k, p_v, p_size, p_out, p_diag, p_colsum, p_cls, p_stats, p_candidates,
-    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim, size_batch, size_row,
+def _head_threshold_kernel(
+    p_q, p_k, p_size, p_stats, p_candidates, p_threshold,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, size_batch, size_row,
     H, N, D, scale, scale_low, rank, room,
-    BLOCKS: tl.constexpr, SAMPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    SAMPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    SIZES: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """stats and T of one image and head, from both samples and the candidates; −1 where they do not hold T.
+
+    Per program: q and k, again from cache for every pass. FLOPs: (4 + 4 / SAMPLE)·N²·d.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    p_q = head_of(p_q, head, H, q_batch, q_head)
+    p_k = head_of(p_k, head, H, k_batch, k_head)
+    p_size += (head // H) * size_batch
+    o_dim = tl.arange(0, BD)
+    p_stats += head * 2 * N
+    p_candidates += head * (room + 4)
+    # [BINS]
+    b_coarse = tl.zeros([BINS], tl.int64)
+    for start in range(0, N, BM):
+        o_row = start + tl.arange(0, BM)
+        m_row = o_row < N
+        q = operand(p_q, o_row, o_dim, q_row, q_dim, N, D, CHUNK)
+        b_max, b_inv, _out = row_statistics(
+            q, p_k, p_k, p_size, o_dim, q_dim, k_row, k_dim, k_row, k_dim, size_row, N, D, scale, 0.0,
+            False, BM, BN, BD, CHUNK, SIZES, False, PRECISION, UPCAST,
+        )  # fmt: skip
+        tl.store(p_stats + o_row, b_max, mask=m_row)
+        tl.store(p_stats + N + o_row, b_inv, mask=m_row)
+        b_coarse += sample_coarsely(
+            q, b_max, b_inv, m_row, start // BM, p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row, N, D, scale,
+            SAMPLE, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
+        )  # fmt: skip
+    tl.debug_barrier()
+    edge, shift = fine_range(b_coarse, rank, N, SAMPLE)
+    b_fine = tl.zeros([BINS], tl.int64)
+    for start in range(0, N, BM):
+        o_row = start + tl.arange(0, BM)
+        m_row = o_row < N
+        q = operand(p_q, o_row, o_dim, q_row, q_dim, N, D, CHUNK)
+        b_max = tl.load(p_stats + o_row, mask=m_row, other=0.0)
+        b_inv = tl.load(p_stats + N + o_row, mask=m_row, other=0.0)
+        b_fine += sample_rows(
+            q, b_max, b_inv, m_row, start // BM, edge, shift, p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row,
+            N, D, scale, SAMPLE, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
+        )  # fmt: skip
+    low, high = bracket(b_coarse, b_fine, rank, N, SAMPLE)
+    # What decides where keys are stored comes from loads: see `collect_rows`.
+    p_scratch = p_candidates + room
+    tl.store(p_scratch, low)
+    tl.store(p_scratch + 1, high)
+    tl.debug_barrier()
+    low, high = tl.load(p_scratch), tl.load(p_scratch + 1)
+    below, count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for start in range(0, N, BM):
+        o_row = start + tl.arange(0, BM)
+        m_row = o_row < N
+        p_row = p_q + tl.minimum(o_row, N - 1).to(tl.int64)[:, None] * q_row
+        if CHUNK < BD:
+            q = p_row
+        else:
+            o_part = o_dim.to(tl.int64)[None, :]
+            q = tl.load(p_row + o_part * q_dim, mask=m_row[:, None] & (o_part < D), other=0.0)
+        b_max = tl.load(p_stats + o_row, mask=m_row, other=0.0)
+        b_inv = tl.load(p_stats + N + o_row, mask=m_row, other=0.0)
+        below, count = collect_rows(
+            q, b_max, b_inv, m_row, low, high, p_candidates, p_candidates, below, count,
+            p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row, N, D, scale, room,
+            False, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
+        )  # fmt: skip
+        tl.store(p_scratch + 2, below)
+        tl.store(p_scratch + 3, count)
+        tl.debug_barrier()
+        below, count = tl.load(p_scratch + 2), tl.load(p_scratch + 3)
+        tl.debug_barrier()
+    tl.store(p_threshold + head, threshold_among(p_candidates, below, count, low, high, room, rank))
+
+
+@triton.jit
+def _whole_head_kernel(
+    p_q, p_k, p_v, p_size, p_out, p_stats, p_threshold, p_diag, p_colsum, p_cls,
+    q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim, size_batch, size_row,
+    H, N, D, scale, scale_low,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     CHUNK: tl.constexpr, SIZES: tl.constexpr, RANKED: tl.constexpr, DOUBLE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out, diag, colsum and cls_row of one image and head, N <= BLOCKS · BN.
+    """out, diag, colsum and cls_row of one image and head, N <= BLOCKS · BN; with RANKED of the A_ij >= T.
 
     Reads q, k, v and writes out once (4·N·d values); k and v are read again from cache, per block of rows.
-    FLOPs: 6·N²·d, and with a threshold (2 + 4 / SAMPLE)·N²·d more.
+    FLOPs: 4·N²·d, and 2·N²·d for the row statistics where RANKED does not give them.
     """
     head = tl.program_id(0).to(tl.int64)
     p_q = head_of(p_q, head, H, q_batch, q_head)
@@ -59,76 +140,9 @@ def _whole_head_kernel(
     p_v = head_of(p_v, head, H, v_batch, v_head)
     p_size += (head // H) * size_batch
     o_dim = tl.arange(0, BD)
-    threshold = 0.0
     if RANKED:
         p_stats += head * 2 * N
-        p_candidates += head * (room + 4)
-        # [BINS]
-        b_coarse = tl.zeros([BINS], tl.int64)
-        for start in range(0, N, BM):
-            o_row = start + tl.arange(0, BM)
-            m_row = o_row < N
-            q = operand(p_q, o_row, o_dim, q_row, q_dim, N, D, CHUNK)
-            b_max, b_inv, _out = row_statistics(
-                q, p_k, p_v, p_size, o_dim, q_dim, k_row, k_dim, v_row, v_dim, size_row, N, D, scale, 0.0,
-                False, BM, BN, BD, CHUNK, SIZES, False, PRECISION, UPCAST,
-            )  # fmt: skip
-            tl.store(p_stats + o_row, b_max, mask=m_row)
-            tl.store(p_stats + N + o_row, b_inv, mask=m_row)
-            b_coarse += sample_coarsely(
-                q, b_max, b_inv, m_row, start // BM, p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row, N, D, scale,
-                SAMPLE, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
-            )  # fmt: skip
-        tl.debug_barrier()
-        edge, shift = fine_range(b_coarse, rank, N, SAMPLE)
-        b_fine = tl.zeros([BINS], tl.int64)
-        for start in range(0, N, BM):
-            o_row = start + tl.arange(0, BM)
-            m_row = o_row < N
-            q = operand(p_q, o_row, o_dim, q_row, q_dim, N, D, CHUNK)
-            b_max = tl.load(p_stats + o_row, mask=m_row, other=0.0)
-            b_inv = tl.load(p_stats + N + o_row, mask=m_row, other=0.0)
-            b_fine += sample_rows(
-                q, b_max, b_inv, m_row, start // BM, edge, shift, p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row,
-                N, D, scale, SAMPLE, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
-            )  # fmt: skip
-        low, high = bracket(b_coarse, b_fine, rank, N, SAMPLE)
-        # What decides where keys are stored comes from loads: see `collect_rows`.
-        p_scratch = p_candidates + room
-        tl.store(p_scratch, low)
-        tl.store(p_scratch + 1, high)
-        tl.debug_barrier()
-        low, high = tl.load(p_scratch), tl.load(p_scratch + 1)
-        below, count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-        for start in range(0, N, BM):
-            o_row = start + tl.arange(0, BM)
-            m_row = o_row < N
-            p_row = p_q + tl.minimum(o_row, N - 1).to(tl.int64)[:, None] * q_row
-            if CHUNK < BD:
-                q = p_row
-            else:
-                o_part = o_dim.to(tl.int64)[None, :]
-                q = tl.load(p_row + o_part * q_dim, mask=m_row[:, None] & (o_part < D), other=0.0)
-            b_max = tl.load(p_stats + o_row, mask=m_row, other=0.0)
-            b_inv = tl.load(p_stats + N + o_row, mask=m_row, other=0.0)
-            below, count = collect_rows(
-                q, b_max, b_inv, m_row, low, high, p_candidates, p_candidates, below, count,
-                p_k, p_size, o_dim, q_dim, k_row, k_dim, size_row, N, D, scale, room,
-                False, BM, BN, CHUNK, SIZES, PRECISION, UPCAST,
-            )  # fmt: skip
-            tl.store(p_scratch + 2, below)
-            tl.store(p_scratch + 3, count)
-            tl.debug_barrier()
-            below, count = tl.load(p_scratch + 2), tl.load(p_scratch + 3)
-            tl.debug_barrier()
-        tl.debug_barrier()
-        threshold = threshold_among(p_candidates, below, count, low, high, room, rank)
-        if threshold < 0.0:
-            threshold = search_map(
-                p_q, p_k, p_size, p_stats, o_dim, q_row, q_dim, k_row, k_dim, size_row, N, D, scale, 0.0, rank,
-                BM, BN, CHUNK, SIZES, False, PRECISION, UPCAST,
-            )  # fmt: skip
-
+        threshold = tl.load(p_threshold + head)
     p_out += (head // H) * N * H * D + (head % H) * D
     # [BLOCKS, BN]
     b_colsum = tl.zeros([BLOCKS, BN], tl.float32)
@@ -494,11 +508,28 @@ class Problem:
             runtime.launch(_select_kernel)[(self.programs,)](
                 counts, candidates, threshold, self.num_tokens, self.rank, self.room, SAMPLE=sample, num_warps=8
             )
-        runtime.launch(_search_kernel)[(self.programs,)](
-            self.q, self.k, self.token_scales, stats, threshold, *strides, *self.shape, *self.scale, self.rank,
-            SELECTED=sample > 0, **{**self.constants, "num_warps": self.tile["search_warps"]},
-        )  # fmt: skip
+        self.search(stats, threshold, selected=sample > 0)
         return stats, threshold
+
+    def head_thresholds(self) -> tuple[Tensor, Tensor]:
+        """The statistics of every row and the threshold of every head, with one program a head."""
+        stats, candidates = self.stats(), self.candidates()
+        threshold = self.q.new_empty(self.programs, dtype=self.dtype)
+        runtime.launch(_head_threshold_kernel)[(self.programs,)](
+            self.q, self.k, self.token_scales, stats, candidates, threshold,
+            *self.q.stride(), *self.k.stride(), *self.size_strides, *self.shape, *self.scale, self.rank, self.room,
+            SAMPLE=self.tile["sample"], **self.constants,
+        )  # fmt: skip
+        self.search(stats, threshold, selected=True)
+        return stats, threshold
+
+    def search(self, stats: Tensor, threshold: Tensor, *, selected: bool) -> None:
+        """Thresholds by radix passes: where they are negative, or, not ``selected``, all."""
+        runtime.launch(_search_kernel)[(self.programs,)](
+            self.q, self.k, self.token_scales, stats, threshold,
+            *self.q.stride(), *self.k.stride(), *self.size_strides, *self.shape, *self.scale, self.rank,
+            SELECTED=selected, **{**self.constants, "num_warps": self.tile["search_warps"]},
+        )  # fmt: skip
 
 
 def _split(value: float) -> tuple[float, float]:
@@ -530,12 +561,12 @@ def attention_with_scores(
     ranked = problem.rank > 0
     strides = (*q.stride(), *k.stride(), *v.stride(), *problem.size_strides)
     if problem.tile["whole_head"]:
+        stats, threshold = problem.head_thresholds() if ranked else (diag, diag)
         runtime.launch(_whole_head_kernel)[(problem.programs,)](
-            q, k, v, problem.token_scales, out, diag, colsum, cls_row,
-            problem.stats() if ranked else diag, problem.candidates() if ranked else diag,
-            *strides, *problem.shape, *problem.scale, problem.rank, problem.room,
+            q, k, v, problem.token_scales, out, stats, threshold, diag, colsum, cls_row,
+            *strides, *problem.shape, *problem.scale,
             BLOCKS=runtime.next_power_of_2(-(-problem.num_tokens // problem.tile["columns"])),
-            SAMPLE=problem.tile["sample"], RANKED=ranked, **problem.constants,
+            RANKED=ranked, **problem.constants,
         )  # fmt: skip
         return result
     stats, threshold = problem.statistics(v, None if ranked else out)
