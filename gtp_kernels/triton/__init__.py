@@ -38,8 +38,11 @@ def _name_kernels(operator: str, launcher: Callable[..., Any]) -> None:
     """
     known = getattr(torch._library.triton, "triton_ops_to_kernels", None)
     if known is not None:
-        values = vars(sys.modules[launcher.__module__]).values()
-        known[operator] = [value for value in values if isinstance(value, triton.JITFunction)]
+        # attention_backward launches kernels of attention too, and both call functions of attention_map.
+        stem = launcher.__module__.partition("_backward")[0]
+        modules = [module for name, module in sys.modules.items() if name.startswith(stem)]
+        values = [value for module in modules for value in vars(module).values()]
+        known[operator] = list(dict.fromkeys(value for value in values if isinstance(value, triton.JITFunction)))
 
 
 def _register(name: str, launcher: Callable[..., Any]) -> None:

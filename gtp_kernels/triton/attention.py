@@ -421,7 +421,8 @@ class Problem:
     The tile (``configs``): ``rows`` and ``columns``, equal, so that the diagonal lies in diagonal tiles; ``chunk``, how
     many dimensions a product of rows takes at a time (0: all); ``sample``, of how many columns one is sampled for the
     bracket (0: none is sampled, the threshold is searched by radix passes); ``candidates``, how many keys of the
-    bracket there is room for, per token; ``num_warps`` and ``num_stages``; ``search_warps``, of the radix passes.
+    bracket there is room for, per token; ``num_warps`` and ``num_stages``; ``search_warps``, of the radix passes;
+    in the backward ``part``, how many dimensions of the gradients one program computes (0: all).
     """
 
     def __init__(

@@ -22,18 +22,19 @@ def _grad_q_kernel(
     g_batch, g_head, g_row, g_dim, q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     v_batch, v_head, v_row, v_dim, size_batch, size_row,
     H, N, D, scale, scale_low, factor, factor_low,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
     SIZES: tl.constexpr, RANKED: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """δ and dq of a block of rows.
+    """δ of a block of rows, and PART dimensions of its dq.
 
-    Per program: q and dO once, k and v twice. FLOPs: 10·BM·N·d.
+    Per program: q and dO once, k and v twice. FLOPs: 8·BM·N·d + 2·BM·N·PART.
     """
     blocks = tl.cdiv(N, BM)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     o_row = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     m_row = o_row < N
     o_dim = tl.arange(0, BD)
+    o_part = tl.program_id(1) * PART + tl.arange(0, PART)
     p_k = head_of(p_k, head, H, k_batch, k_head)
     p_v = head_of(p_v, head, H, v_batch, v_head)
     p_size += (head // H) * size_batch
@@ -46,10 +47,10 @@ def _grad_q_kernel(
         threshold = tl.load(p_threshold + head)
     if DOUBLE:
         b_delta = tl.zeros([BM], tl.float64)
-        b_grad_q = tl.zeros([BM, BD], tl.float64)
+        b_grad_q = tl.zeros([BM, PART], tl.float64)
     else:
         b_delta = tl.zeros([BM], tl.float32)
-        b_grad_q = tl.zeros([BM, BD], tl.float32)
+        b_grad_q = tl.zeros([BM, PART], tl.float32)
     for turn in tl.static_range(2):
         for start in range(0, N, BN):
             o_col = start + tl.arange(0, BN)
@@ -67,15 +68,15 @@ def _grad_q_kernel(
                 b_delta += tl.sum(b_p * b_da, 1)
             else:
                 b_ds = b_p * (b_da - b_delta[:, None])
-                b_k = load_rows(p_k, o_col, o_dim, k_row, k_dim, N, D)
+                b_k = load_rows(p_k, o_col, o_part, k_row, k_dim, N, D)
                 b_grad_q += dot(b_ds.to(b_k.dtype), b_k, PRECISION, UPCAST)
-    tl.store(p_delta + head * N + o_row, b_delta, mask=m_row)
+    tl.store(p_delta + head * N + o_row, b_delta, mask=m_row & (tl.program_id(1) == 0))
     b_factor = tl.cast(factor, b_grad_q.dtype)
     if DOUBLE:
         b_factor += tl.cast(factor_low, tl.float64)
-    p_row = p_grad_q + head * N * D + o_row.to(tl.int64)[:, None] * D + o_dim[None, :]
+    p_row = p_grad_q + head * N * D + o_row.to(tl.int64)[:, None] * D + o_part[None, :]
     b_grad_q = (b_grad_q * b_factor).to(p_grad_q.dtype.element_ty)
-    tl.store(p_row, b_grad_q, mask=m_row[:, None] & (o_dim < D)[None, :])
+    tl.store(p_row, b_grad_q, mask=m_row[:, None] & (o_part < D)[None, :])
 
 
 @triton.jit
@@ -84,17 +85,18 @@ def _grad_kv_kernel(
     g_batch, g_head, g_row, g_dim, q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     v_batch, v_head, v_row, v_dim, size_batch, size_row,
     H, N, D, scale, scale_low, factor, factor_low,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
     SIZES: tl.constexpr, RANKED: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys; δ is read.
+    """PART dimensions of dk and dv of a block of keys; δ is read.
 
-    Per program: k and v once, q and dO once. FLOPs: 8·N·BN·d.
+    Per program: k and v once, q and dO once. FLOPs: 4·N·BN·(d + PART).
     """
     blocks = tl.cdiv(N, BN)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     o_col = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
     o_dim = tl.arange(0, BD)
+    o_part = tl.program_id(1) * PART + tl.arange(0, PART)
     p_q = head_of(p_q, head, H, q_batch, q_head)
     p_grad = head_of(p_grad, head, H, g_batch, g_head)
     p_size += (head // H) * size_batch
@@ -103,13 +105,13 @@ def _grad_kv_kernel(
     v = operand(head_of(p_v, head, H, v_batch, v_head), o_col, o_dim, v_row, v_dim, N, D, CHUNK)
     if RANKED:
         threshold = tl.load(p_threshold + head)
-    # [BN, BD]
+    # [BN, PART]
     if DOUBLE:
-        b_grad_k = tl.zeros([BN, BD], tl.float64)
-        b_grad_v = tl.zeros([BN, BD], tl.float64)
+        b_grad_k = tl.zeros([BN, PART], tl.float64)
+        b_grad_v = tl.zeros([BN, PART], tl.float64)
     else:
-        b_grad_k = tl.zeros([BN, BD], tl.float32)
-        b_grad_v = tl.zeros([BN, BD], tl.float32)
+        b_grad_k = tl.zeros([BN, PART], tl.float32)
+        b_grad_v = tl.zeros([BN, PART], tl.float32)
     for start in range(0, N, BM):
         o_row = start + tl.arange(0, BM)
         m_row = o_row < N
@@ -130,16 +132,16 @@ def _grad_kv_kernel(
             m_drop = b_p < threshold
             b_a = tl.where(m_drop, 0.0, b_p)
             b_da = tl.where(m_drop, 0.0, b_da)
-        b_grad = load_rows(p_grad, o_row, o_dim, g_row, g_dim, N, D)
+        b_grad = load_rows(p_grad, o_row, o_part, g_row, g_dim, N, D)
         b_grad_v += dot(tl.trans(b_a.to(b_grad.dtype)), b_grad, PRECISION, UPCAST)
         b_ds = tl.where(m_row[:, None], b_p * (b_da - b_delta[:, None]), 0.0)
-        b_q = load_rows(p_q, o_row, o_dim, q_row, q_dim, N, D)
+        b_q = load_rows(p_q, o_row, o_part, q_row, q_dim, N, D)
         b_grad_k += dot(tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION, UPCAST)
     b_factor = tl.cast(factor, b_grad_k.dtype)
     if DOUBLE:
         b_factor += tl.cast(factor_low, tl.float64)
-    o_out = head * N * D + o_col.to(tl.int64)[:, None] * D + o_dim[None, :]
-    m_out = (o_col < N)[:, None] & (o_dim < D)[None, :]
+    o_out = head * N * D + o_col.to(tl.int64)[:, None] * D + o_part[None, :]
+    m_out = (o_col < N)[:, None] & (o_part < D)[None, :]
     tl.store(p_grad_k + o_out, (b_grad_k * b_factor).to(p_grad_k.dtype.element_ty), mask=m_out)
     tl.store(p_grad_v + o_out, b_grad_v.to(p_grad_v.dtype.element_ty), mask=m_out)
 
@@ -164,11 +166,11 @@ def attention_with_scores_backward(
     inputs = (grad_out, q, k, v, problem.token_scales, stats, threshold, delta)
     strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *problem.size_strides)
     numbers = (*problem.shape, *problem.scale, *problem.factor)
-    ranked = problem.rank > 0
-    runtime.launch(_grad_q_kernel)[problem.row_grid](
-        *inputs, grad_q, *strides, *numbers, RANKED=ranked, **problem.constants
-    )
-    runtime.launch(_grad_kv_kernel)[problem.column_grid](
-        *inputs, grad_k, grad_v, *strides, *numbers, RANKED=ranked, **problem.constants
+    part = min(problem.tile["part"] or problem.constants["BD"], problem.constants["BD"])
+    constants = {**problem.constants, "PART": part, "RANKED": problem.rank > 0}
+    parts = problem.constants["BD"] // part
+    runtime.launch(_grad_q_kernel)[(*problem.row_grid, parts)](*inputs, grad_q, *strides, *numbers, **constants)
+    runtime.launch(_grad_kv_kernel)[(*problem.column_grid, parts)](
+        *inputs, grad_k, grad_v, *strides, *numbers, **constants
     )
     return grad_q, grad_k, grad_v
