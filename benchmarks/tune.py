@@ -49,7 +49,6 @@ VALUES: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4),
     "attention.rows": (16, 32, 64, 128),
-    "attention.columns": (16, 32, 64, 128),
     "whole_head": (0, 1),
     "ranked": (0, 1),
     "least_best": (1,),

@@ -418,11 +418,11 @@ def _scores_kernel(
 class Problem:
     """One call: its tile, and the arguments that its kernels share.
 
-    The tile (``configs``): ``rows`` and ``columns``, equal, so that the diagonal lies in diagonal tiles; ``chunk``, how
-    many dimensions a product of rows takes at a time (0: all); ``sample``, of how many columns one is sampled for the
-    bracket (0: none is sampled, the threshold is searched by radix passes); ``candidates``, how many keys of the
-    bracket there is room for, per token; ``num_warps`` and ``num_stages``; ``search_warps``, of the radix passes;
-    in the backward ``part``, how many dimensions of the gradients one program computes (0: all).
+    The tile (``configs``): ``rows``, of a block of the map, and as many columns; ``chunk``, how many dimensions a
+    product of rows takes at a time (0: all); ``sample``, of how many columns one is sampled for the bracket (0: none
+    is sampled, the threshold is searched by radix passes); ``candidates``, how many keys of the bracket there is room
+    for, per token; ``num_warps`` and ``num_stages``; ``search_warps``, of the radix passes; and in the backward
+    ``part``, how many dimensions of the gradients one program computes (0: all).
     """
 
     def __init__(
@@ -452,7 +452,7 @@ class Problem:
         block = max(runtime.next_power_of_2(self.size), 16)
         self.constants: dict[str, Any] = {
             "BM": self.tile["rows"],
-            "BN": self.tile["columns"],
+            "BN": self.tile["rows"],  # equal, so that the diagonal lies in diagonal tiles
             "BD": block,
             "CHUNK": min(self.tile["chunk"] or block, block),
             "SIZES": token_scales is not None,
@@ -468,12 +468,9 @@ class Problem:
         return self.heads, self.num_tokens, self.size
 
     @property
-    def row_grid(self) -> tuple[int]:
+    def grid(self) -> tuple[int]:
+        """A program for each block of rows, or of columns, of each head."""
         return (self.programs * -(-self.num_tokens // self.tile["rows"]),)
-
-    @property
-    def column_grid(self) -> tuple[int]:
-        return (self.programs * -(-self.num_tokens // self.tile["columns"]),)
 
     def stats(self) -> Tensor:
         """Room for the maximum and 1 / sum of every row."""
@@ -488,7 +485,7 @@ class Problem:
         where nothing is dropped."""
         stats = self.stats()
         value = self.k if v is None else v
-        runtime.launch(_stats_kernel)[self.row_grid](
+        runtime.launch(_stats_kernel)[self.grid](
             self.q, self.k, value, self.token_scales, self.q if out is None else out, stats,
             *self.q.stride(), *self.k.stride(), *value.stride(), *self.size_strides, *self.shape, *self.scale,
             OUT=out is not None, **self.constants,
@@ -501,7 +498,7 @@ class Problem:
         candidates = self.candidates() if sample else stats
         strides = (*self.q.stride(), *self.k.stride(), *self.size_strides)
         for step in range(3 if sample else 0):
-            runtime.launch(_bracket_kernel)[self.row_grid](
+            runtime.launch(_bracket_kernel)[self.grid](
                 self.q, self.k, self.token_scales, stats, counts, candidates, *strides, *self.shape, *self.scale,
                 self.rank, self.room, STEP=step, SAMPLE=sample, **self.constants,
             )  # fmt: skip
@@ -566,17 +563,17 @@ def attention_with_scores(
         runtime.launch(_whole_head_kernel)[(problem.programs,)](
             q, k, v, problem.token_scales, out, stats, threshold, diag, colsum, cls_row,
             *strides, *problem.shape, *problem.scale,
-            BLOCKS=runtime.next_power_of_2(-(-problem.num_tokens // problem.tile["columns"])),
+            BLOCKS=runtime.next_power_of_2(-(-problem.num_tokens // problem.tile["rows"])),
             RANKED=ranked, **problem.constants,
         )  # fmt: skip
         return result
     stats, threshold = problem.statistics(v, None if ranked else out)
     if ranked:
-        runtime.launch(_output_kernel)[problem.row_grid](
+        runtime.launch(_output_kernel)[problem.grid](
             q, k, v, problem.token_scales, out, stats, threshold,
             *strides, *problem.shape, *problem.scale, **problem.constants,
         )  # fmt: skip
-    runtime.launch(_scores_kernel)[problem.column_grid](
+    runtime.launch(_scores_kernel)[problem.grid](
         q, k, problem.token_scales, stats, threshold, diag, colsum, cls_row,
         *q.stride(), *k.stride(), *problem.size_strides, *problem.shape, *problem.scale,
         RANKED=ranked, **problem.constants,

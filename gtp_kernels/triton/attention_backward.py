@@ -169,8 +169,7 @@ def attention_with_scores_backward(
     part = min(problem.tile["part"] or problem.constants["BD"], problem.constants["BD"])
     constants = {**problem.constants, "PART": part, "RANKED": problem.rank > 0}
     parts = problem.constants["BD"] // part
-    runtime.launch(_grad_q_kernel)[(*problem.row_grid, parts)](*inputs, grad_q, *strides, *numbers, **constants)
-    runtime.launch(_grad_kv_kernel)[(*problem.column_grid, parts)](
-        *inputs, grad_k, grad_v, *strides, *numbers, **constants
-    )
+    grid = (*problem.grid, parts)
+    runtime.launch(_grad_q_kernel)[grid](*inputs, grad_q, *strides, *numbers, **constants)
+    runtime.launch(_grad_kv_kernel)[grid](*inputs, grad_k, grad_v, *strides, *numbers, **constants)
     return grad_q, grad_k, grad_v
