@@ -553,7 +553,7 @@ def attention_with_scores(
     out = q.new_empty(batch, num_tokens, heads, size)
     diag, colsum, cls_row = (q.new_empty(batch, heads, num_tokens, dtype=compute_dtype(q.dtype)) for _ in range(3))
     result = out.transpose(1, 2), diag, colsum, cls_row
-    if runtime.is_empty(out):
+    if runtime.any_zero(*out.shape):
         return result
     problem = Problem("attention", q, k, token_scales, sparsity, scale, semantics)
     ranked = problem.rank > 0

@@ -158,7 +158,7 @@ def attention_with_scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of the operator: gradients of q, k and v, contiguous [B, H, N, d]. The map is recomputed."""
     grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    if runtime.is_empty(grad_q):
+    if runtime.any_zero(*grad_q.shape):
         return grad_q, grad_k, grad_v
     problem = Problem("attention_backward", q, k, token_scales, sparsity, scale, semantics)
     stats, threshold = problem.statistics(None, None)

@@ -224,7 +224,7 @@ def build_graph(
     indptr = x.new_empty(batch, n + 1, dtype=torch.int32)
     indices = x.new_empty(batch, edges, dtype=torch.int32)
     values = x.new_empty(batch, edges, dtype=torch.float32)
-    if isinstance(batch, int) and batch == 0:  # a symbolic batch is not looked at
+    if runtime.any_zero(batch):
         return indptr, indices, values
     spatial = graph_type != "Semantic"
     semantic = graph_type != "Spatial" and neighbours > 0

@@ -471,7 +471,7 @@ def _transition(
         scales_out = _library.absent(x, torch.float32)
     else:
         scales_out = token_scales.new_empty(batch, rows)
-    if rows == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
+    if runtime.any_zero(batch, rows):
         return out, normed, token_out, scales_out
 
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
@@ -560,7 +560,7 @@ def propagate_backward(
     num_kept, num_prop = index_kept.shape[1], index_prop.shape[1]
     tokens = num_prefix + num_kept + num_prop
     grad_x = grad.new_empty(batch, tokens, channels)
-    if tokens == 0 or channels == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
+    if runtime.any_zero(batch, tokens, channels):
         return grad_x
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     graph = standard == "GraphProp" and num_prop > 0
@@ -597,7 +597,7 @@ def propagate_dense(
     out = x.new_empty(batch, rows, channels)
     weight_out = weight.new_empty(batch, num_kept, num_kept)
     scales_out = _library.absent(x, torch.float32) if token_scales is None else token_scales.new_empty(batch, rows)
-    if rows == 0 or (isinstance(batch, int) and batch == 0):  # a symbolic batch is not looked at
+    if runtime.any_zero(batch, rows):
         return out, weight_out, scales_out
     kept, prop = index_kept.contiguous(), index_prop.contiguous()
     wide = compute_dtype(x.dtype) == torch.float64

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors. Fixed when the kernels are defined."""
@@ -17,9 +16,9 @@ def launch(kernel: Any) -> Any:
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
-def is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor has no elements, as far as is known: a symbolic batch is not looked at, and not empty."""
-    return any(isinstance(size, int) and size == 0 for size in tensor.shape)
+def any_zero(*sizes: Any) -> bool:
+    """Whether one of the sizes is 0, as far as is known: a symbolic batch is not looked at, and not 0."""
+    return any(isinstance(size, int) and size == 0 for size in sizes)
 
 
 def next_power_of_2(value: int) -> int:

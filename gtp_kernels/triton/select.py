@@ -169,7 +169,7 @@ def token_importance(
     batch, heads, tokens = diag.shape
     count = tokens - num_prefix
     out = diag.new_empty(batch, count)
-    if runtime.is_empty(out):
+    if runtime.any_zero(batch, count):
         return out
     kind = standard.removesuffix("Mean").removesuffix("Max")
     paper = semantics == "paper"
@@ -192,7 +192,7 @@ def select_tokens(importance: Tensor, num_prop: int, num_prefix: int, order: str
     num_kept = count - num_prop
     kept = importance.new_empty(batch, num_kept, dtype=torch.int64)
     prop = importance.new_empty(batch, num_prop, dtype=torch.int64)
-    if runtime.is_empty(importance):
+    if runtime.any_zero(batch, count):
         return kept, prop
     scatter = order == "importance"
     wide = importance.dtype == torch.float64
