@@ -505,6 +505,19 @@ if torch.cuda.is_available():
                 assert torch.equal(result, features)
         assert {name for _, name in ran} == {"triton"}
 
+    @pytest.mark.gpu
+    @pytest.mark.slow
+    def test_ahead_of_time_compilation(tmp_path):
+        model = gtp_vit.patch(build("dinov2", dtype=torch.float32, depth=2), **OPTIONS).to("cuda")
+        batch = torch.export.Dim("batch", min=2, max=64)
+        with torch.no_grad():
+            program = torch.export.export(model, (images(model).to("cuda"),), dynamic_shapes=({0: batch},))
+            package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+            compiled = torch._inductor.aoti_load_package(package)
+            for size in (2, 3):
+                x = images(model, batch=size).to("cuda")
+                assert_same(compiled(x), model(x), 1e-4)
+
 
 # Training
 
