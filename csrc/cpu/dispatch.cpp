@@ -28,6 +28,9 @@ GTP_DECLARE_KERNELS(baseline)
 #if defined(GTP_HAVE_X86)
 GTP_DECLARE_KERNELS(avx2)
 GTP_DECLARE_KERNELS(avx512)
+namespace avx512_bf16 {
+void attention(const AttentionParams&, const Parallel&);
+}
 #endif
 
 namespace {
@@ -37,6 +40,8 @@ const Kernels kTables[] = {
 #if defined(GTP_HAVE_X86)
     GTP_KERNEL_TABLE(avx2),
     GTP_KERNEL_TABLE(avx512),
+    {"avx512_bf16", avx512_bf16::attention, avx512::propagate, avx512::propagate_backward, avx512::propagate_dense,
+     avx512::build_graph},
 #endif
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
@@ -53,6 +58,7 @@ bool machine_runs(const char* isa) {
     return machine_runs("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
+  if (!std::strcmp(isa, "avx512_bf16")) return machine_runs("avx512") && __builtin_cpu_supports("avx512bf16");
 #endif
   return !std::strcmp(isa, "baseline");
 }

@@ -3,6 +3,7 @@
 // The right-hand side is packed as panels of 1 to kPanel vectors: element (k, column) of panel p is
 // base(p) + k * width(p) + column, all panels of a matrix back to back, padded with zeros to whole vectors.
 // The left-hand side is read in place: element (i, k) is a[i * lda + k].
+// The operands are float or double, or pairs of bfloat16 values where the machine multiplies those.
 // Every element of C is one chain of multiply-adds over rising k, whatever the tile: equal rows give equal bits.
 #pragma once
 
@@ -35,8 +36,52 @@ struct Panels {
   }
 };
 
-template <class T, int ROWS, int VECTORS>
-static void multiply_tile(int64_t depth, const T* a, int64_t lda, const T* panel, T* c, int64_t ldc) {
+// What the product needs of the type E that its operands are packed in.
+template <class E>
+struct Operand {
+  using Result = E;
+  using V = typename Vec<E>::V;
+  static GTP_INLINE_MEMBER V broadcast(E x) {
+    return splat(x);
+  }
+  static GTP_INLINE_MEMBER V multiply_add(V sum, V a, V b) {
+    return sum + a * b;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 values that follow each other in depth: element (k, column) holds the values 2 k and 2 k + 1, and one
+// instruction adds both products to a float32.
+enum class Pair : uint32_t {};
+
+template <>
+struct Vec<Pair> {
+  using V = vint;
+  static constexpr int W = 16;
+  static constexpr bool is_floating = false;
+};
+
+template <>
+struct Operand<Pair> {
+  using Result = float;
+  using V = vint;
+  static GTP_INLINE_MEMBER V broadcast(Pair x) {
+    return splat_bits(static_cast<int32_t>(x));
+  }
+  static GTP_INLINE_MEMBER vfloat multiply_add(vfloat sum, V a, V b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// How the left-hand side lies in memory: element (i, k) is a[i * lda + k], or a[k * lda + i].
+enum class Left { Rows, Columns };
+
+// finish(row, column, values) takes an array of vectors of C, from the column of the first.
+template <Left LEFT, class E, int ROWS, int VECTORS, class Finish>
+GTP_INLINE void multiply_tile(int64_t depth, const E* a, int64_t lda, const E* panel, int64_t row, int64_t column,
+                              const Finish& finish) {
+  using T = typename Operand<E>::Result;
   using V = typename Vec<T>::V;
   constexpr int W = Vec<T>::W;
   V sum[ROWS][VECTORS];
@@ -46,54 +91,84 @@ static void multiply_tile(int64_t depth, const T* a, int64_t lda, const T* panel
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = V{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    V b[VECTORS];
+    typename Operand<E>::V b[VECTORS];
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) b[j] = load(panel + k * (VECTORS * W) + j * W);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
-      const V x = splat(a[i * lda + k]);
+      const auto x = Operand<E>::broadcast(LEFT == Left::Rows ? a[i * lda + k] : a[k * lda + i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * b[j];
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Operand<E>::multiply_add(sum[i][j], x, b[j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * W, sum[i][j]);
+    finish(row + i, column, sum[i]);
   }
 }
 
-template <class T, int ROWS>
-static void multiply_rows(int64_t depth, const T* a, int64_t lda, const T* packed, const Panels& panels, T* c,
-                          int64_t ldc) {
-  constexpr int W = Vec<T>::W;
+template <Left LEFT, class E, int ROWS, class Finish>
+static void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* packed, const Panels& panels, int64_t row,
+                          const Finish& finish) {
+  constexpr int W = Vec<E>::W;
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t start = panels.start(p) * W;
-    const T* panel = packed + start * depth;
+    const E* panel = packed + start * depth;
     switch (panels.width(p)) {
       case 1:
-        multiply_tile<T, ROWS, 1>(depth, a, lda, panel, c + start, ldc);
+        multiply_tile<LEFT, E, ROWS, 1>(depth, a, lda, panel, row, start, finish);
         break;
       case 2:
-        multiply_tile<T, ROWS, 2>(depth, a, lda, panel, c + start, ldc);
+        multiply_tile<LEFT, E, ROWS, 2>(depth, a, lda, panel, row, start, finish);
         break;
       default:
-        multiply_tile<T, ROWS, kPanel>(depth, a, lda, panel, c + start, ldc);
+        multiply_tile<LEFT, E, ROWS, kPanel>(depth, a, lda, panel, row, start, finish);
     }
   }
 }
 
-// C[rows, panels.vectors * W] for rows == kRows or any rows >= 1; ldc >= panels.vectors * W.
-template <class T>
-static void multiply(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* packed, const Panels& panels, T* c,
-                     int64_t ldc) {
+// C[rows, panels.vectors * W], handed to finish(), for rows == kRows or any rows >= 1.
+template <class E, class Finish>
+static void multiply(int64_t rows, int64_t depth, const E* a, int64_t lda, const E* packed, const Panels& panels,
+                     const Finish& finish) {
   if (rows == kRows) {
-    multiply_rows<T, kRows>(depth, a, lda, packed, panels, c, ldc);
+    multiply_rows<Left::Rows, E, kRows>(depth, a, lda, packed, panels, 0, finish);
   } else {
-    for (int64_t i = 0; i < rows; ++i) multiply_rows<T, 1>(depth, a + i * lda, lda, packed, panels, c + i * ldc, ldc);
+    for (int64_t i = 0; i < rows; ++i) {
+      multiply_rows<Left::Rows, E, 1>(depth, a + i * lda, lda, packed, panels, i, finish);
+    }
   }
 }
 
+// C += A^T B, where element (k, i) of A is a[k * lda + i] and is read for i up to the next multiple of kRows; as many
+// rows of c are written.
+template <class T>
+static void accumulate_transposed(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* packed,
+                                  const Panels& panels, T* c, int64_t ldc) {
+  for (int64_t i = 0; i < rows; i += kRows) {
+    multiply_rows<Left::Columns, T, kRows>(depth, a + i, lda, packed, panels, i,
+                                           [=](int64_t row, int64_t j, const auto& values) {
+                                             for (const auto& value : values) {
+                                               store(c + row * ldc + j, load(c + row * ldc + j) + value);
+                                               j += Vec<T>::W;
+                                             }
+                                           });
+  }
+}
+
+// C = A B, written to c; ldc >= panels.vectors * W.
+template <class E, class T>
+static void multiply(int64_t rows, int64_t depth, const E* a, int64_t lda, const E* packed, const Panels& panels, T* c,
+                     int64_t ldc) {
+  multiply(rows, depth, a, lda, packed, panels, [=](int64_t i, int64_t j, const auto& values) {
+    for (const auto& value : values) {
+      store(c + i * ldc + j, value);
+      j += Vec<T>::W;
+    }
+  });
+}
+
+#if !defined(__AVX512F__)
 GTP_INLINE void transpose4(const float* const rows[4], int64_t k, float* target, int64_t stride) {
   vfloat4 r[4];
   for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], rows[i] + k, 16);
@@ -112,32 +187,75 @@ GTP_INLINE void transpose4(const float* const rows[4], int64_t k, float* target,
 #undef GTP_SHUFFLE4
   for (int i = 0; i < 4; ++i) __builtin_memcpy(target + i * stride, &t[i], 16);
 }
+#endif
+
+#if defined(__AVX512F__)
+// Elements k to k + 15 of up to 16 rows of 32-bit values, transposed; the rows beyond `count` count as zeros.
+template <class E>
+GTP_INLINE void transpose16(const E* const* rows, int64_t count, int64_t k, E* target, int64_t stride) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = i < count ? _mm512_loadu_ps(rows[i] + k) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  // r[4 g + e]: in its 128-bit lane l the elements 4 l + e of the rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int g = 0; g < 16; g += 4) {
+    r[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[g]), _mm512_castps_pd(t[g + 2])));
+    r[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[g]), _mm512_castps_pd(t[g + 2])));
+    r[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[g + 1]), _mm512_castps_pd(t[g + 3])));
+    r[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[g + 1]), _mm512_castps_pd(t[g + 3])));
+  }
+#pragma GCC unroll 4
+  for (int e = 0; e < 4; ++e) {
+    const __m512 low = _mm512_shuffle_f32x4(r[e], r[4 + e], 0x44), high = _mm512_shuffle_f32x4(r[e], r[4 + e], 0xee);
+    const __m512 low2 = _mm512_shuffle_f32x4(r[8 + e], r[12 + e], 0x44);
+    const __m512 high2 = _mm512_shuffle_f32x4(r[8 + e], r[12 + e], 0xee);
+    _mm512_storeu_ps(target + e * stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    _mm512_storeu_ps(target + (4 + e) * stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    _mm512_storeu_ps(target + (8 + e) * stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    _mm512_storeu_ps(target + (12 + e) * stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+constexpr int kPackRows = 16;
+#else
+constexpr int kPackRows = 4;
+#endif
 
 // One panel of the transpose: element (k, column) = row(column)[k], zero for the columns beyond `count`.
-// row(column, slot) gives a pointer to `depth` values that stays valid until the slot (0 to 3) is asked for again.
-template <class T, class Row>
-static void pack_transposed(int64_t depth, int64_t first, int64_t count, int64_t width, Row row, T* panel) {
-  for (int64_t column = 0; column < width; column += 4) {
-    const int64_t lanes = width - column < 4 ? width - column : 4;
-    const int64_t valid = count - first - column < lanes ? count - first - column : lanes;
-    const T* rows[4];
+// row(column, slot) gives a pointer to `depth` values that stays valid until the slot (0 to kPackRows - 1) is asked
+// for again. `width` is a multiple of 4, and of 16 where a vector holds 16 values of E.
+template <class E, class Row>
+static void pack_transposed(int64_t depth, int64_t first, int64_t count, int64_t width, Row row, E* panel) {
+  for (int64_t column = 0; column < width; column += kPackRows) {
+    const int64_t lanes = width - column < kPackRows ? width - column : kPackRows;
+    const int64_t left = count - first - column;
+    const int64_t valid = left < 0 ? 0 : left < lanes ? left : lanes;
+    const E* rows[kPackRows];
     for (int64_t i = 0; i < valid; ++i) rows[i] = row(first + column + i, static_cast<int>(i));
     int64_t k = 0;
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(E) == 4) {
+#if defined(__AVX512F__)
+      for (; k + 16 <= depth; k += 16) transpose16(rows, valid, k, panel + k * width + column, width);
+#else
       if (valid == 4) {
         for (; k + 4 <= depth; k += 4) transpose4(rows, k, panel + k * width + column, width);
       }
+#endif
     }
     for (; k < depth; ++k) {
-      for (int64_t i = 0; i < lanes; ++i) panel[k * width + column + i] = i < valid ? rows[i][k] : T(0);
+      for (int64_t i = 0; i < lanes; ++i) panel[k * width + column + i] = i < valid ? rows[i][k] : E(0);
     }
   }
 }
 
 // All panels of `count` rows of `depth` values, transposed.
-template <class T, class Row>
-static void pack_transposed_all(int64_t depth, int64_t count, const Panels& panels, Row row, T* packed) {
-  constexpr int W = Vec<T>::W;
+template <class E, class Row>
+static void pack_transposed_all(int64_t depth, int64_t count, const Panels& panels, Row row, E* packed) {
+  constexpr int W = Vec<E>::W;
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t first = panels.start(p) * W;
     pack_transposed(depth, first, count, panels.width(p) * W, row, packed + first * depth);

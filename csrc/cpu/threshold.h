@@ -5,7 +5,10 @@
 //
 // map_threshold: a stratified sample (one vector of every row) brackets the rank; one sweep counts what lies below and
 // collects what lies strictly inside; kth() finds the rank among those few. Where the bracket misses or its contents
-// outgrow the buffer, a radix selection over the whole map gives the same value.
+// outgrow the buffer, a radix selection in four sweeps gives the same value.
+//
+// A map is seen through `sweep`: sweep(body) calls body(row, share) for its rows in order, whose values are
+// row[j] * share, and stops where the body returns false.
 #pragma once
 
 #include "vec.h"
@@ -68,16 +71,16 @@ GTP_INLINE int compress(typename Vec<T>::V v, typename Vec<T>::I inside, T* targ
 #endif
 }
 
-// One sweep over `count` values (a multiple of W), added to `counts`; what lies between is appended to the target,
-// which may be the source and needs room for one vector more than it receives.
+// One sweep over the values source[i] * share (a multiple of W of them), added to `counts`; what lies between is
+// appended to the target, which may be the source and needs room for one vector more than it receives.
 template <class T>
-GTP_INLINE void collect(const T* source, int64_t count, T low, T high, T* target, Counts& counts) {
-  const auto vlow = splat(low), vhigh = splat(high);
+GTP_INLINE void collect(const T* source, int64_t count, T share, T low, T high, T* target, Counts& counts) {
+  const auto vlow = splat(low), vhigh = splat(high), vshare = splat(share);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     int64_t up_to = counts.up_to, between = counts.between;
     for (int64_t i = 0; i < count; i += 16) {
-      const __m512 v = _mm512_loadu_ps(source + i);
+      const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(source + i), (__m512)vshare);
       const __mmask16 below_high = _mm512_cmp_ps_mask(v, (__m512)vhigh, _CMP_LT_OQ);
       const __mmask16 to_low = _mm512_cmp_ps_mask(v, (__m512)vlow, _CMP_LE_OQ);
       const __mmask16 inside = _kandn_mask16(to_low, below_high);
@@ -92,7 +95,7 @@ GTP_INLINE void collect(const T* source, int64_t count, T low, T high, T* target
   typename Vec<T>::I up_to{};
   int64_t between = counts.between;
   for (int64_t i = 0; i < count; i += Vec<T>::W) {
-    const auto v = load(source + i);
+    const auto v = load(source + i) * vshare;
     up_to -= v <= vlow;
     between += compress<T>(v, (v > vlow) & (v < vhigh), target + between);
   }
@@ -101,10 +104,10 @@ GTP_INLINE void collect(const T* source, int64_t count, T low, T high, T* target
 }
 
 template <class T>
-GTP_INLINE int64_t count_equal(const T* source, int64_t count, T value) {
+GTP_INLINE int64_t count_equal(const T* source, int64_t count, T share, T value) {
   typename Vec<T>::I equal{};
-  const auto v = splat(value);
-  for (int64_t i = 0; i < count; i += Vec<T>::W) equal -= load(source + i) == v;
+  const auto v = splat(value), vshare = splat(share);
+  for (int64_t i = 0; i < count; i += Vec<T>::W) equal -= load(source + i) * vshare == v;
   return reduce_count<T>(equal);
 }
 
@@ -121,18 +124,19 @@ GTP_INLINE typename Vec<T>::Bits radix_key(T value) {
 }
 
 // Exact for any input: 8 bits of the key at a time, most significant first, over rows of `columns` values.
-template <class T>
-static T radix_kth(const T* source, int64_t rows, int64_t columns, int64_t ld, int64_t rank) {
+template <class T, class Sweep>
+static T radix_kth(const Sweep& sweep, int64_t columns, int64_t rank) {
   using Bits = typename Vec<T>::Bits;
   Bits prefix = 0, known = 0;
   for (int shift = 8 * sizeof(T) - 8; shift >= 0; shift -= 8) {
     int64_t histogram[256] = {0};
-    for (int64_t i = 0; i < rows; ++i) {
+    sweep([&](const T* row, T share) {
       for (int64_t j = 0; j < columns; ++j) {
-        const Bits key = radix_key(source[i * ld + j]);
+        const Bits key = radix_key(row[j] * share);
         if ((key & known) == prefix) ++histogram[key >> shift & 255];
       }
-    }
+      return true;
+    });
     Bits digit = 0;
     while (digit < 255 && rank > histogram[digit]) rank -= histogram[digit++];
     prefix |= digit << shift;
@@ -179,7 +183,7 @@ static T kth(T* values, int64_t count, int64_t rank, T* other) {
   for (int round = 0;; ++round) {
     pad_with_nan(values, count);
     if (count <= kSmall) return SmallRanks<T>(values, count).find(values, count, rank);
-    if (round == 32) return radix_kth(values, 1, count, count, rank);
+    if (round == 32) return radix_kth<T>([&](const auto& body) { body(values, T(1)); }, count, rank);
     alignas(64) T sample[kSmall + W];
     for (int64_t i = 0; i < kSmall; ++i) sample[i] = values[(2 * i + 1) * count / (2 * kSmall)];
     pad_with_nan(sample, kSmall);
@@ -190,22 +194,23 @@ static T kth(T* values, int64_t count, int64_t rank, T* other) {
     const T low = ranks.find(sample, kSmall, low_rank), high = ranks.find(sample, kSmall, high_rank);
     const int64_t padded = (count + W - 1) / W * W;
     Counts counts;
-    collect(values, padded, low, high, other, counts);
+    collect(values, padded, T(1), low, high, other, counts);
     const int64_t up_to = counts.up_to;
     if (rank <= up_to) {
-      if (rank > up_to - count_equal(values, padded, low)) return low;
+      if (rank > up_to - count_equal(values, padded, T(1), low)) return low;
       Counts side;
-      collect(values, padded, T(-1), low, other, side);
+      collect(values, padded, T(1), T(-1), low, other, side);
       count = side.between;
     } else if (rank <= up_to + counts.between) {
       rank -= up_to;
       count = counts.between;
     } else {
-      const int64_t up_to_high = up_to + counts.between + (high > low ? count_equal(values, padded, high) : int64_t{0});
+      const int64_t up_to_high =
+          up_to + counts.between + (high > low ? count_equal(values, padded, T(1), high) : int64_t{0});
       if (rank <= up_to_high) return high;
       rank -= up_to_high;
       Counts side;
-      collect(values, padded, high, Vec<T>::inf, other, side);
+      collect(values, padded, T(1), high, Vec<T>::inf, other, side);
       count = side.between;
       if (rank > count) return Vec<T>::inf;  // the rest are infinite
     }
@@ -215,34 +220,43 @@ static T kth(T* values, int64_t count, int64_t rank, T* other) {
   }
 }
 
-// Room that map_threshold needs in each of its two buffers.
+// The sample of a map: one vector of each row, at a place that depends on the row. Maps of up to kUnsampled values and
+// rows shorter than a vector are collected whole.
+constexpr int64_t kUnsampled = 4096;
+
 template <class T>
-GTP_INLINE int64_t threshold_room(int64_t tokens, int64_t ld) {
-  return tokens * ld / 6 + 64 * ld / 4 + 4096 + 4 * Vec<T>::W;
+GTP_INLINE bool is_sampled(int64_t tokens) {
+  return tokens * tokens > kUnsampled && tokens >= Vec<T>::W;
 }
 
-// The rank-th smallest of the tokens * tokens values of a map with row stride ld, whose rows are padded with NaN to
-// whole vectors.
 template <class T>
-static T map_threshold(const T* map, int64_t tokens, int64_t ld, int64_t rank, bool force_miss, T* first, T* second) {
+GTP_INLINE void sample_row(const T* row, T share, int64_t i, int64_t tokens, T* target) {
+  constexpr int W = Vec<T>::W;
+  const uint64_t hash = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u >> 40;
+  const auto v = load(row + static_cast<int64_t>(hash % static_cast<uint64_t>(tokens / W)) * W) * splat(share);
+  store(target + i * W, v == v ? v : splat(Vec<T>::inf));
+}
+
+// Room that map_threshold needs in each of its two buffers: for the sample twice, and for the contents of the bracket,
+// which is wide where rows are few and holds about 1 % of the map where they are thousands.
+template <class T>
+GTP_INLINE int64_t threshold_room(int64_t tokens) {
+  const int64_t total = tokens * tokens;
+  return (tokens > 1024 ? total / 48 : total / 6) + 16 * tokens + 4096 + 2 * Vec<T>::W * tokens + 8 * Vec<T>::W;
+}
+
+// The rank-th smallest of the tokens * tokens values of a map whose rows are padded with NaN to whole vectors. The
+// first buffer begins with the sample, where the map is_sampled.
+template <class T, class Sweep>
+static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool force_miss, T* first, T* second) {
   constexpr int W = Vec<T>::W;
   const int64_t padded = (tokens + W - 1) / W * W;
-  const int64_t total = tokens * tokens;
-  const int64_t room = threshold_room<T>(tokens, ld) - 2 * W;
-  if (force_miss) return radix_kth(map, tokens, tokens, ld, rank);
+  const int64_t room = threshold_room<T>(tokens) - 2 * W;
+  if (force_miss) return radix_kth<T>(sweep, tokens, rank);
   T low = T(-1), high = Vec<T>::inf;
-  if (total > 4096) {
-    const int64_t step = tokens > 1024 ? tokens / 512 : 1, vectors = tokens / W;
-    int64_t sampled = 0;
-    for (int64_t i = 0; i < tokens; i += step) {
-      const int64_t column = static_cast<int64_t>((static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u >> 40) %
-                                                  static_cast<uint64_t>(vectors)) *
-                             W;
-      const auto v = load(map + i * ld + column);
-      store(first + sampled, v == v ? v : splat(Vec<T>::inf));
-      sampled += W;
-    }
-    const double share = static_cast<double>(rank) / static_cast<double>(total);
+  if (is_sampled<T>(tokens)) {
+    const int64_t sampled = tokens * W;
+    const double share = static_cast<double>(rank) / static_cast<double>(tokens * tokens);
     const double middle = share * static_cast<double>(sampled);
     const double deviation = 2.0 + 4.0 * __builtin_sqrt(middle * (1.0 - share) + 0.25);
     int64_t low_rank = static_cast<int64_t>(middle - deviation),
@@ -255,20 +269,26 @@ static T map_threshold(const T* map, int64_t tokens, int64_t ld, int64_t rank, b
     if (low > high) low = high;
   }
   Counts counts;
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (counts.between + padded > room) return radix_kth(map, tokens, tokens, ld, rank);
-    collect(map + i * ld, padded, low, high, first, counts);
-  }
+  bool fits = true;
+  sweep([&](const T* row, T share) {
+    fits = counts.between + padded <= room;
+    if (fits) collect(row, padded, share, low, high, first, counts);
+    return fits;
+  });
+  if (!fits) return radix_kth<T>(sweep, tokens, rank);
   const auto count_in_map = [&](T value) {
     int64_t equal = 0;
-    for (int64_t i = 0; i < tokens; ++i) equal += count_equal(map + i * ld, padded, value);
+    sweep([&](const T* row, T share) {
+      equal += count_equal(row, padded, share, value);
+      return true;
+    });
     return equal;
   };
   const int64_t up_to = counts.up_to, between = counts.between;
   if (rank > up_to && rank <= up_to + between) return kth(first, between, rank - up_to, second);
   if (rank <= up_to && rank > up_to - count_in_map(low)) return low;
   if (rank > up_to + between && high > low && rank <= up_to + between + count_in_map(high)) return high;
-  return radix_kth(map, tokens, tokens, ld, rank);
+  return radix_kth<T>(sweep, tokens, rank);
 }
 
 }  // namespace GTP_ISA

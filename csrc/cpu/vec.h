@@ -26,6 +26,7 @@
 #endif
 
 #define GTP_INLINE static inline __attribute__((always_inline))
+#define GTP_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace gtp {
 namespace GTP_ISA {
@@ -46,6 +47,7 @@ struct Vec<float> {
   using Int = int32_t;
   using Bits = uint32_t;
   static constexpr int W = GTP_VECTOR_BYTES / 4;
+  static constexpr bool is_floating = true;
   static constexpr float inf = __builtin_inff();
   static constexpr float nan = __builtin_nanf("");
 };
@@ -57,6 +59,7 @@ struct Vec<double> {
   using Int = int64_t;
   using Bits = uint64_t;
   static constexpr int W = GTP_VECTOR_BYTES / 8;
+  static constexpr bool is_floating = true;
   static constexpr double inf = __builtin_inf();
   static constexpr double nan = __builtin_nan("");
 };
@@ -76,6 +79,10 @@ GTP_INLINE void store(T* p, typename Vec<T>::V v) {
 template <class T>
 GTP_INLINE typename Vec<T>::V splat(T x) {
   return x - typename Vec<T>::V{};
+}
+
+GTP_INLINE vint splat_bits(int32_t x) {
+  return x - vint{};
 }
 
 template <class To, class From>
