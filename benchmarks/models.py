@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import gtp_kernels
 import gtp_vit
 from benchmarks.registry import Case, Setting, agree
 from benchmarks.tome import MergeOnly, ToMe
+from gtp_vit import linear
 
 COMPILE_MODES = ("none", "default", "max-autotune")
 
@@ -21,7 +23,9 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     """One model: ``ours`` is patched (θ = 0.6); the baselines share its weights and input.
 
     ``timm`` is unpatched; ``slicing`` cuts off the last P tokens of each block, the floor of what token reduction can
-    cost; ``tome`` merges P tokens in each block. Its matching and merging alone are reported apart, ``tome overhead``.
+    cost; ``slicing, fused linear`` does that with the linear layers of ``ours`` (on a CPU, not compiled), which tells
+    what those give from what the rest gives; ``tome`` merges P tokens in each block. Its matching and merging alone
+    are reported apart, ``tome overhead``.
     The FLOPs are those of the matrix products of ``ours``, as ``gtp_vit.gmacs`` counts them.
 
     Args:
@@ -55,6 +59,8 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
             raise AssertionError(f"shapes differ: {tuple(ours.shape)}, {tuple(expected.shape)}")
 
     modules = {"ours": patched, "timm": dense, "slicing": sliced(dense, num_prop), "tome": ToMe(dense, num_prop)}
+    if not setting.on_gpu and compile_mode == "none":
+        modules["slicing, fused linear"] = sliced(dense, num_prop, fused=True)
     calls: dict[str, Callable[[], object]] = {
         label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
     }
@@ -65,22 +71,38 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
 
 
-def sliced(model: Any, num_prop: int) -> Any:
-    """A copy of a timm model (the weights are shared) that drops the last P tokens between attention and MLP."""
+def sliced(model: Any, num_prop: int, *, fused: bool = False) -> Any:
+    """A copy of a timm model (the weights are shared) that drops the last P tokens between attention and MLP.
+
+    ``fused``: its linear layers are those of a patched model, ``gtp_vit.linear``.
+    """
     out = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for block in out.blocks:
-        block.__class__ = _sliced_block(type(block), num_prop)
+        block.__class__ = _sliced_block(type(block), num_prop, fused)
     return out
 
 
-def _sliced_block(base: type, num_prop: int) -> type:
+def _sliced_block(base: type, num_prop: int, fused: bool) -> type:
     class Sliced(base):
         def forward(self, x: Tensor) -> Tensor:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            branch = _attention(self.attn, self.norm1(x)) if fused else self.attn(self.norm1(x))
+            x = x + self.drop_path1(self.ls1(branch))
             x = x[:, : x.shape[1] - num_prop]
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            normed = self.norm2(x)
+            if fused and isinstance(self.ls2, nn.Identity):
+                return linear.feed_forward(self.mlp, normed, x.contiguous())
+            return x + self.drop_path2(self.ls2(linear.feed_forward(self.mlp, normed) if fused else self.mlp(normed)))
 
     return Sliced
+
+
+def _attention(attention: Any, x: Tensor) -> Tensor:
+    batch, num_tokens, channels = x.shape
+    qkv = linear.linear(attention.qkv, x).reshape(batch, num_tokens, 3, attention.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    return linear.linear(attention.proj, attention.norm(out.transpose(1, 2).reshape(batch, num_tokens, channels)))
 
 
 def _compiled(module: Any, mode: str) -> Callable[[Tensor], object]:

@@ -82,6 +82,7 @@ def test_tome_and_slicing_with_nothing_to_drop_are_the_model(tiny: Any) -> None:
         expected = tiny(images)
         torch.testing.assert_close(tome.ToMe(tiny, 0)(images), expected)
         torch.testing.assert_close(models.sliced(tiny, 0)(images), expected)
+        torch.testing.assert_close(models.sliced(tiny, 0, fused=True)(images), expected)
 
 
 def test_baselines_share_the_weights_and_leave_the_model_alone(tiny: Any) -> None:
@@ -165,7 +166,7 @@ def test_run_writes_what_plot_draws(tmp_path: Path) -> None:
 def test_run_times_a_model_against_its_baselines() -> None:
     case = models.model_case("vit_tiny_patch16_224", 1, CPU, img_size=64, depth=1, embed_dim=32, num_heads=2)
     (result,) = runner.run_cases([case], CPU.device, CEILINGS, rounds=1, dtype="float32")
-    assert list(result["median"]) == ["ours", "timm", "slicing", "tome"]
+    assert list(result["median"]) == ["ours", "timm", "slicing", "tome", "slicing, fused linear"]
     assert result["per_second"]["ours"] > 0
     assert result["ceiling_share"] > 0
     overhead = result["parts"]["tome overhead"]

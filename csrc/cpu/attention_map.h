@@ -193,22 +193,34 @@ struct SoftmaxMap {
     for (int64_t j = tokens; j < width; ++j) bias[j] = -Vec<T>::inf;
   }
 
-  // Rows i0 to i0 + count for the first time: e [count, ld], their maxima and shares.
-  T* compute(int64_t i0, int64_t count) {
-    T* target = whole ? map + i0 * ld : map;
-    V most[kRows];
-    for (int i = 0; i < kRows; ++i) most[i] = splat(-Vec<T>::inf);
-    const V scale = splat(static_cast<T>(p.scale));
-    logits(i0, count, [&](int64_t i, int64_t j, const auto& values) {
-      V largest = most[i];
+  // What becomes of a row of a tile: scaled and biased into `target`, and its maximum lane by lane. A value of its own,
+  // because what a lambda captures by reference is loaded again after every store.
+  struct Scaled {
+    V scale;
+    const T* bias;
+    T* target;
+    int64_t ld;
+    V* most;  // or nullptr
+
+    template <class Values>
+    GTP_INLINE_MEMBER void operator()(int64_t i, int64_t j, const Values& values) const {
+      V largest = splat(-Vec<T>::inf);
       for (const V& s : values) {
         const V x = s * scale + load(bias + j);
         store(target + i * ld + j, x);
         largest = vmax(x, largest);
         j += W;
       }
-      most[i] = largest;
-    });
+      if (most) most[i] = vmax(largest, most[i]);
+    }
+  };
+
+  // Rows i0 to i0 + count for the first time: e [count, ld], their maxima and shares.
+  T* compute(int64_t i0, int64_t count) {
+    T* target = whole ? map + i0 * ld : map;
+    V most[kRows];
+    for (int i = 0; i < kRows; ++i) most[i] = splat(-Vec<T>::inf);
+    logits(i0, count, Scaled{splat(static_cast<T>(p.scale)), bias, target, ld, most});
     for (int64_t i = 0; i < count; ++i) {
       top[i0 + i] = reduce_max<T>(most[i]);
       share[i0 + i] = T(1) / exponentiate(target + i * ld, top[i0 + i]);
@@ -219,13 +231,7 @@ struct SoftmaxMap {
   // The same once compute() has seen every row.
   const T* rows(int64_t i0, int64_t count) {
     if (whole) return map + i0 * ld;
-    const V scale = splat(static_cast<T>(p.scale));
-    logits(i0, count, [&](int64_t i, int64_t j, const auto& values) {
-      for (const V& s : values) {
-        store(map + i * ld + j, s * scale + load(bias + j));
-        j += W;
-      }
-    });
+    logits(i0, count, Scaled{splat(static_cast<T>(p.scale)), bias, map, ld, nullptr});
     for (int64_t i = 0; i < count; ++i) exponentiate(map + i * ld, top[i0 + i]);
     return map;
   }

@@ -32,6 +32,7 @@ from gtp_vit.block import (
     summarise,
 )
 from gtp_vit.config import GTPConfig
+from gtp_vit.linear import feed_forward, has_hooks, linear
 from gtp_vit.tracing import start_recording
 
 
@@ -48,7 +49,7 @@ class GTPAttention(Attention):
         batch, num_tokens, _ = x.shape
         gate = getattr(self, "gate", None)  # timm has gates since 1.0.28
         gate = None if gate is None else gate(x).sigmoid()
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = linear(self.qkv, x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         # Under autocast a norm may return float32: the attention runs in the type of the projection, as SDPA does.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -56,7 +57,7 @@ class GTPAttention(Attention):
         out = self.norm(out.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim))
         if gate is not None:
             out = out * gate
-        return self.proj_drop(self.proj(out)), scores
+        return self.proj_drop(linear(self.proj, out)), scores
 
 
 class GTPBlock(Block):
@@ -77,7 +78,9 @@ class GTPBlock(Block):
         x, normed, state = summarise(x, branch, scores, state, options, layer_scale, norm)
         if normed is None:
             normed = self.norm2(x)
-        return x + self.drop_path2(self.ls2(self.mlp(normed))), state
+        if isinstance(self.ls2, nn.Identity) and not has_hooks(self.ls2) and not _acts(self.drop_path2):
+            return feed_forward(self.mlp, normed, residual=x), state
+        return x + self.drop_path2(self.ls2(feed_forward(self.mlp, normed))), state
 
 
 class GTPResPostBlock(ResPostBlock):
@@ -91,7 +94,7 @@ class GTPResPostBlock(ResPostBlock):
         branch, scores = self.attn(x, state=state, options=options)
         branch = self.drop_path1(self.norm1(branch))
         x, _, state = summarise(x, branch, scores, state, options, None, Norm())
-        return x + self.drop_path2(self.norm2(self.mlp(x))), state
+        return x + self.drop_path2(self.norm2(feed_forward(self.mlp, x))), state
 
 
 class GTPModel:
@@ -284,32 +287,27 @@ def _dropout_rate(module: nn.Module) -> float:
     return float(getattr(module, "p", 0.0))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would run more than its forward: such a module is called, never folded away."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+def _acts(drop_path: Any) -> bool:
+    """Whether the module may change what goes through it."""
+    if has_hooks(drop_path):
+        return True
+    return not isinstance(drop_path, nn.Identity) and not (
+        type(drop_path) is DropPath and (drop_path.drop_prob == 0.0 or not drop_path.training)
     )
 
 
 def _folds(layer_scale: Any, drop_path: Any, x: Tensor, branch: Tensor) -> bool:
     """Whether the layer scale may be handed to the fused step: nothing acts between it and the residual addition."""
-    if type(layer_scale) is not LayerScale or _has_hooks(layer_scale):
+    if type(layer_scale) is not LayerScale or has_hooks(layer_scale):
         return False
-    active = not isinstance(drop_path, nn.Identity) and not (
-        type(drop_path) is DropPath and (drop_path.drop_prob == 0.0 or not drop_path.training)
-    )
     dtype = torch.promote_types(x.dtype, branch.dtype)
-    return not active and torch.promote_types(dtype, layer_scale.gamma.dtype) == dtype
+    return not _acts(drop_path) and torch.promote_types(dtype, layer_scale.gamma.dtype) == dtype
 
 
 def _fused_norm(norm: Any, dtype: torch.dtype, device_type: str) -> Norm:
     """The arguments for a norm over channels in ``dtype`` that can be fused; for another one, kind "none"."""
     kind = _NORMS.get(type(norm))
-    if kind is None or len(norm.normalized_shape) != 1 or _has_hooks(norm):
+    if kind is None or len(norm.normalized_shape) != 1 or has_hooks(norm):
         return Norm()
     if getattr(norm, "_fast_norm", False) and torch.is_autocast_enabled(device_type):
         return Norm()  # there timm's fast norm works in the type of autocast
