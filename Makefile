@@ -34,11 +34,11 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CXX_SOURCES := $(shell find csrc -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton lint format demo wheel info compile-check compile-check-all gpu gpu-dry-run \
+.PHONY: help venv build test test-triton lint arm64 format demo wheel info compile-check compile-check-all gpu gpu-dry-run \
   readme clean distclean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.deps  ## the environment: torch and the build tools, as constraints.txt pins them
 
@@ -95,6 +95,16 @@ lint: build  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/mypy --no-error-summary
 	@echo "-- clang-format"
 	@$(BIN)/clang-format --style=file --dry-run -Werror $(CXX_SOURCES)
+
+CROSS_FLAGS := -std=c++17 -O2 -Wall -Wextra -Werror -Wno-psabi -Wno-unknown-pragmas -fno-math-errno -ffp-contract=fast
+
+arm64: build  ## the CPU kernels, compiled for arm64 by clang
+	@mkdir -p build/arm64
+	@for source in csrc/cpu/*.cpp; do \
+	  echo "-- $$source"; \
+	  ZIG_GLOBAL_CACHE_DIR=build/arm64/cache $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu $(CROSS_FLAGS) \
+	    -Icsrc/cpu -c $$source -o build/arm64/$$(basename $$source .cpp).o; \
+	done
 
 format: build  ## what ruff and clang-format can mend
 	@$(BIN)/ruff check --fix --quiet --exit-zero

@@ -44,7 +44,7 @@ void over_heads(const ImportanceParams& p, const T* source, const T* minus, int6
     } else {
       for (int64_t i = 0; i < count; ++i) {
         const T x = value(i);
-        total[i] = (x > total[i]) | (x != x) ? x : total[i];
+        total[i] = ((x > total[i]) | (x != x)) ? x : total[i];
       }
     }
   }
