@@ -15,7 +15,7 @@ import torch
 
 import gtp_kernels
 from gtp_kernels import native
-from gtp_vit.timing import Spread, interleave
+from gtp_vit.timing import Spread, interleave, processor_name
 
 Call = Callable[[], object]
 
@@ -114,7 +114,7 @@ def device_name(device: torch.device) -> str:
     """For people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def slug(name: str) -> str:

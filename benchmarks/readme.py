@@ -1,7 +1,8 @@
-"""``python -m benchmarks.readme``: writes the GPU part of README.md from ``benchmarks/results/<device>/*.json``.
+"""``python -m benchmarks.readme``: writes the numbers of README.md from ``benchmarks/results/<device>/*.json``.
 
-It stands between two comments there; nothing else is touched. ``--check`` writes nothing and exits with 1 where the two
-differ. Only what ``benchmarks.gpu`` wrote on a GPU is taken: without that, the part says that nothing was measured.
+They stand between comments there; nothing else is touched. ``--check`` writes nothing and exits with 1 where the two
+differ. The CPU part is what ``benchmarks.lines`` wrote, the GPU part what ``benchmarks.gpu`` wrote on a GPU: without
+that, it says that nothing was measured.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- gpu: python -m benchmarks.readme -->", "<!-- gpu: end -->"
 NOTHING = "Not yet measured on a GPU."
+CPU_BASELINES = {
+    "timm": "timm (SDPA)",
+    "slicing": "free slicing",
+    "slicing, fused linear": "free slicing with our linear layers",
+    "tome": "ToMe on SDPA, same r",
+}
 MODEL_BASELINES = {"timm": "timm (SDPA)", "slicing": "free slicing", "tome": "ToMe on SDPA, same r"}
 OP_BASELINES = ("sdpa", "sdpa+bias", "definition", "definition compiled", "plain", "add+norm")
 
@@ -51,6 +57,42 @@ def _device(name: str, steps: Mapping[str, Report]) -> Iterator[str]:
     if "ops" in steps:
         yield _ops(_results(steps["ops"]))
     yield "; ".join(_statuses(steps)) + "."
+
+
+def render_cpu(folder: Path) -> str:
+    """The text of the CPU part: a table of models and one of the attention for every machine."""
+    parts = []
+    for path in sorted(folder.glob("*/lines.json")):
+        report = json.loads(path.read_text())
+        results = [result for result in _results(report) if "median" in result]
+        origin = f"{report['threads']} threads, torch {report['torch']}; commit {report['commit']}"
+        parts.append(f"**{report['device']}**, {origin}; `benchmarks/results/{path.parent.name}/lines.json`.")
+        parts.append(_cpu_models([result for result in results if "model" in result]))
+        parts.append(_cpu_attention([result for result in results if result["case"] == "attention"]))
+    return "\n\n".join(parts) or "Not yet measured."
+
+
+def _cpu_models(results: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["model"], result["batch"], result["dtype"]), []).append(result)
+    rows = []
+    for (name, batch, dtype), group in groups.items():
+        group.sort(key=lambda result: int(result["num_prop"]))
+        several = [" / ".join(_times(result, baseline) for result in group) for baseline in CPU_BASELINES]
+        rows.append([name, str(batch), dtype, " / ".join(str(result["num_prop"]) for result in group), *several])
+    head = ["model", "batch", "type", "P", *(f"× {label}" for label in CPU_BASELINES.values())]
+    return "End to end, ×: larger is faster; one number for each P.\n\n" + _table(head, rows)
+
+
+def _cpu_attention(results: list[dict[str, Any]]) -> str:
+    names = ("sdpa", "sdpa+bias", "definition", "definition compiled")
+    rows = [
+        [r["shape"], r["dtype"], f"{r['median']['ours'] * 1e3:.2f}", *(_times(r, name) for name in names)]
+        for r in results
+    ]
+    head = ["`attention_with_scores`, θ = 0.6", "type", "ms", *(f"× {name}" for name in names)]
+    return _table(head, rows)
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
@@ -108,16 +150,22 @@ def _statuses(steps: Mapping[str, Report]) -> Iterator[str]:
             yield f"{step}, not passed: " + ", ".join(other)
 
 
-def replaced(text: str, part: str) -> str:
-    """README's text with its GPU part replaced.
+def replaced(text: str, name: str, part: str) -> str:
+    """README's text with the part called ``name`` replaced.
 
     Raises:
-        ValueError: the comments are not there, each once.
+        ValueError: its comments are not there, each once.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must have {BEGIN} and {END}, each once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{part}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}: python -m benchmarks.readme -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md must have {begin} and {end}, each once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+
+
+def generated(text: str, folder: Path) -> str:
+    """README's text with every part as the results in ``folder`` have it."""
+    return replaced(replaced(text, "cpu", render_cpu(folder)), "gpu", render(load(folder)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = ROOT / "README.md"
     text = path.read_text()
-    new = replaced(text, render(load(ROOT / "benchmarks" / "results")))
+    new = generated(text, ROOT / "benchmarks" / "results")
     if options.check:
         return int(new != text)
     path.write_text(new)

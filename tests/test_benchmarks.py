@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, measure, models, readme, registry, runner, tome, tune
+from benchmarks import gpu, lines, measure, models, readme, registry, runner, tome, tune
 
 testing = pytest.importorskip("click.testing")
 timm = pytest.importorskip("timm")
@@ -283,10 +283,56 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
 
 def test_readme_is_what_the_results_say() -> None:
     text = (ROOT / "README.md").read_text()
-    assert readme.replaced(text, readme.render(readme.load(ROOT / "benchmarks" / "results"))) == text
+    assert readme.generated(text, ROOT / "benchmarks" / "results") == text
     assert readme.main(["--check"]) == 0
     with pytest.raises(ValueError, match="each once"):
-        readme.replaced("no comments", "")
+        readme.replaced("no comments", "gpu", "")
+
+
+def cpu_pieces() -> dict[str, Any]:
+    attention = timed("attention", "B16 H6 N197 d64", {"sdpa": 0.8, "sdpa+bias": 0.7, "definition": 0.1})
+    ratio = {"timm": 0.75, "slicing": 1.05, "slicing, fused linear": 1.1, "tome": 0.9}
+    model = [timed("m", f"B8 P{p}", ratio, model="m", batch=8, num_prop=p) for p in (8, 1)]
+    wrong = {"case": "attention", "shape": "B4 H12 N785 d64", "dtype": "bfloat16", "error": "out differs"}
+    return {
+        "attention": {"results": [attention, wrong]},
+        "m": {"results": model},
+        "memory": {"megabytes": 8.0},
+    }
+
+
+def test_lines_are_held_or_missed() -> None:
+    found = {line.what: line for line in lines.lines(cpu_pieces())}
+    verdicts = {what: line.verdict for what, line in found.items() if line.line is not None}
+    shape = "attention B16 H6 N197 d64 bfloat16"
+    assert verdicts == {
+        f"{shape}: time / SDPA": "holds",
+        f"{shape}: times as fast as the definition": "holds",
+        "attention B4 H12 N785 d64 bfloat16: out differs": "missed",
+        "m b8 P8 bfloat16: × free slicing": "missed",
+        "m b8 P8 bfloat16: × ToMe": "holds",
+        "m b8 P1 bfloat16: × free slicing": "missed",
+        "attention B1 H12 N4096 float32: MB above inputs and output": "holds",
+    }
+    assert lines.Line("", 0.75, 0.9, 0.75, at_most=True).verdict == "goal"
+    assert lines.Line("", 0.96, 0.97).verdict == "missed"
+
+
+def test_readme_has_the_lines(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    report = {"device": "CPU", "threads": 2, "torch": "2.11.0", "commit": "abc", "pieces": cpu_pieces()}
+    (tmp_path / "cpu" / "lines.json").write_text(json.dumps(report))
+    text = readme.render_cpu(tmp_path)
+    assert "**CPU**, 2 threads, torch 2.11.0; commit abc" in text
+    assert "| m | 8 | bfloat16 | 1 / 8 | 1.33 / 1.33 | 0.95 / 0.95 | 0.91 / 0.91 | 1.11 / 1.11 |" in text
+    assert "| B16 H6 N197 d64 | bfloat16 | 0.02 | 1.25 | 1.43 | 10.00 | – |" in text
+    assert readme.render_cpu(tmp_path / "cpu") == "Not yet measured."
+
+
+def test_lines_measure_memory(tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is read from /proc")
+    assert 1.0 < lines._memory(None)["megabytes"] < 64
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import difflib
 import functools
-import os
-import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import gtp_vit
 from gtp_kernels import backends, checks
 from gtp_vit import photos, picture, timing, weights
 from gtp_vit.config import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from gtp_vit.timing import processor_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICTURE_SIDE = 576
@@ -426,15 +425,7 @@ def _machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return str(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or os.name
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 @contextlib.contextmanager
