@@ -2,7 +2,7 @@
 // the masked map.
 //
 // One (image, head) is one task. 4 N^2 d FLOPs up to kWholeMap tokens, beyond it 8 N^2 d with a threshold; K and V are
-// packed once, Q is read in place. A block of kRows rows goes through mask, sums and the product with V while it is in
+// packed once, Q is read in place. A block of rows goes through mask, sums and the product with V while it is in
 // L1. The map itself is that of attention_map.h.
 
 #include "attention_map.h"
@@ -14,6 +14,7 @@ namespace {
 template <class T, class E>
 struct Forward {
   static constexpr int W = Vec<T>::W;
+  static constexpr int64_t kBlock = Operand<E>::kBlock;
   using V = typename Vec<T>::V;
 
   const AttentionParams& p;
@@ -37,16 +38,16 @@ struct Forward {
         block_ld(elements<E>(map.ld)) {}
 
   size_t bytes() const {
-    return map.bytes() + Scratch::bytes<E>(depth * value_width) + Scratch::bytes<E>(kRows * block_ld) +
-           Scratch::bytes<T>(map.width) + Scratch::bytes<T>(kRows * value_width) + Scratch::bytes<T>(size);
+    return map.bytes() + Scratch::bytes<E>(depth * value_width) + Scratch::bytes<E>(kBlock * block_ld) +
+           Scratch::bytes<T>(map.width) + Scratch::bytes<T>(kBlock * value_width) + Scratch::bytes<T>(size);
   }
 
   void carve(Scratch& scratch) {
     map.carve(scratch);
     values = scratch.take<E>(depth * value_width);
-    block = scratch.take<E>(kRows * block_ld);
+    block = scratch.take<E>(kBlock * block_ld);
     colsum = scratch.take<T>(map.width);
-    out_block = scratch.take<T>(kRows * value_width);
+    out_block = scratch.take<T>(kBlock * value_width);
     row = scratch.take<T>(size);
   }
 
@@ -132,7 +133,7 @@ struct Forward {
     pack_values(b, h);
     for (int64_t j = 0; j < map.width; ++j) colsum[j] = 0;
     const T threshold = map.masked ? map.threshold() : T(0);
-    for_blocks(0, tokens, [&](int64_t i0, int64_t count, int64_t fresh) {
+    for_blocks<kBlock>(0, tokens, [&](int64_t i0, int64_t count, int64_t fresh) {
       const T* e = map.masked ? map.rows(i0, count) : map.compute(i0, count);
       finish_block(b, h, e, i0, count, fresh, threshold);
     });
@@ -148,6 +149,9 @@ void run_attention(const AttentionParams& p, const Parallel& parallel) {
     Scratch scratch(forward.bytes());
     forward.carve(scratch);
     for (int64_t t = begin; t < end; ++t) forward.run(t / p.heads, t % p.heads);
+#if defined(GTP_AMX)
+    if constexpr (!Vec<E>::is_floating) tile_release();
+#endif
   };
   parallel_for(parallel, p.batch * p.heads, 1, body);
 }

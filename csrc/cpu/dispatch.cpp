@@ -10,6 +10,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(GTP_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gtp {
 
@@ -28,9 +32,20 @@ GTP_DECLARE_KERNELS(baseline)
 #if defined(GTP_HAVE_X86)
 GTP_DECLARE_KERNELS(avx2)
 GTP_DECLARE_KERNELS(avx512)
-namespace avx512_bf16 {
-void attention(const AttentionParams&, const Parallel&);
-}
+#define GTP_DECLARE_ATTENTION(isa)                         \
+  namespace isa {                                          \
+  void attention(const AttentionParams&, const Parallel&); \
+  }
+// The attention of one set, everything else that of AVX-512.
+#define GTP_ATTENTION_TABLE(isa) \
+  {#isa, isa::attention, avx512::propagate, avx512::propagate_backward, avx512::propagate_dense, avx512::build_graph}
+GTP_DECLARE_ATTENTION(avx512_bf16)
+#if defined(GTP_HAVE_AMX)
+GTP_DECLARE_ATTENTION(amx)
+#endif
+#if defined(GTP_EMULATE_AMX)
+GTP_DECLARE_ATTENTION(amx_emulated)
+#endif
 #endif
 
 namespace {
@@ -40,11 +55,34 @@ const Kernels kTables[] = {
 #if defined(GTP_HAVE_X86)
     GTP_KERNEL_TABLE(avx2),
     GTP_KERNEL_TABLE(avx512),
-    {"avx512_bf16", avx512_bf16::attention, avx512::propagate, avx512::propagate_backward, avx512::propagate_dense,
-     avx512::build_graph},
+    GTP_ATTENTION_TABLE(avx512_bf16),
+#if defined(GTP_HAVE_AMX)
+    GTP_ATTENTION_TABLE(amx),
+#endif
+#if defined(GTP_EMULATE_AMX)
+    GTP_ATTENTION_TABLE(amx_emulated),
+#endif
 #endif
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
+
+#if defined(GTP_HAVE_AMX)
+// The kernel hands the tiles to a process that asks for them; what uses them without asking is killed.
+bool machine_has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBfloat16 | kTiles)) != (kBfloat16 | kTiles)) {
+    return false;
+  }
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+#elif defined(GTP_HAVE_X86)
+bool machine_has_amx() {
+  return false;
+}
+#endif
 
 bool machine_runs(const char* isa) {
 #if defined(GTP_HAVE_X86)
@@ -58,7 +96,10 @@ bool machine_runs(const char* isa) {
     return machine_runs("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
-  if (!std::strcmp(isa, "avx512_bf16")) return machine_runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(isa, "avx512_bf16") || !std::strcmp(isa, "amx_emulated")) {
+    return machine_runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  }
+  if (!std::strcmp(isa, "amx")) return machine_runs("avx512_bf16") && machine_has_amx();
 #endif
   return !std::strcmp(isa, "baseline");
 }
@@ -68,6 +109,8 @@ const Kernels& choose() {
   if (forced && *forced) return kernels_for(forced);
   int best = 0;
   for (int i = 1; i < kCount; ++i) {
+    // The tiles have run in emulation only: no machine gets them unasked.
+    if (!std::strncmp(kTables[i].isa, "amx", 3)) break;
     if (machine_runs(kTables[i].isa)) best = i;
   }
   return kTables[best];

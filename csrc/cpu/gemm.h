@@ -8,6 +8,10 @@
 #pragma once
 
 #include "vec.h"
+#if defined(__AMX_BF16__) || defined(GTP_EMULATE_AMX)
+#define GTP_AMX
+#include "amx.h"
+#endif
 
 namespace gtp {
 namespace GTP_ISA {
@@ -40,6 +44,7 @@ struct Panels {
 template <class E>
 struct Operand {
   using Result = E;
+  static constexpr int kBlock = kRows;  // rows of the left-hand side that are multiplied at a time
   using V = typename Vec<E>::V;
   static GTP_INLINE_MEMBER V broadcast(E x) {
     return splat(x);
@@ -64,6 +69,11 @@ struct Vec<Pair> {
 template <>
 struct Operand<Pair> {
   using Result = float;
+#if defined(GTP_AMX)
+  static constexpr int kBlock = 16;
+#else
+  static constexpr int kBlock = kRows;
+#endif
   using V = vint;
   static GTP_INLINE_MEMBER V broadcast(Pair x) {
     return splat_bits(static_cast<int32_t>(x));
@@ -127,10 +137,30 @@ static void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* packe
   }
 }
 
-// C[rows, panels.vectors * W], handed to finish(), for rows == kRows or any rows >= 1.
+// C[rows, panels.vectors * W], handed to finish(), for up to Operand<E>::kBlock rows; fewer go one by one.
 template <class E, class Finish>
 static void multiply(int64_t rows, int64_t depth, const E* a, int64_t lda, const E* packed, const Panels& panels,
                      const Finish& finish) {
+#if defined(GTP_AMX)
+  if constexpr (!Vec<E>::is_floating) {
+    tile_configure(TileConfig(rows, depth % 16));
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t start = panels.start(p) * 16;
+      const E* panel = packed + start * depth;
+      switch (panels.width(p)) {
+        case 1:
+          multiply_amx<1>(rows, depth, a, lda, panel, start, finish);
+          break;
+        case 2:
+          multiply_amx<2>(rows, depth, a, lda, panel, start, finish);
+          break;
+        default:
+          multiply_amx<3>(rows, depth, a, lda, panel, start, finish);
+      }
+    }
+    return;
+  }
+#endif
   if (rows == kRows) {
     multiply_rows<Left::Rows, E, kRows>(depth, a, lda, packed, panels, 0, finish);
   } else {
