@@ -6,6 +6,7 @@ A backend answers "can you run this?" with a reason. The choice is made in one p
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -122,8 +123,13 @@ def refusal(backend: str, op: str, device_type: str) -> str | None:
     return f"this version has no CUDA C++ kernel for {op}"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_refusal(device_type: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device_type == "cpu" else f"its interpreter takes CPU tensors; these are on {device_type}"

@@ -54,6 +54,13 @@ def attention_with_scores(
     """
     q, k, v = _library.autocast(q, k, v)
     sparsity, scale = checks.attention(q, k, v, token_scales, sparsity, scale, semantics)
+    return unchecked_attention(q, k, v, token_scales, sparsity, scale, semantics)
+
+
+def unchecked_attention(
+    q: Tensor, k: Tensor, v: Tensor, token_scales: Tensor | None, sparsity: float, scale: float, semantics: str
+) -> tuple[Tensor, AttentionScores]:
+    """:func:`attention_with_scores` for a caller whose arguments are right by construction; no autocast either."""
     backend = backends.choose("attention", q)
     if backend == "reference":
         return reference.attention_with_scores(

@@ -136,6 +136,29 @@ def residual_propagate_norm(
         x, branch, graph, index_kept, index_prop, layer_scale, norm_weight, norm_bias, norm_eps, norm, standard, alpha,
         token_scales, num_prefix,
     )  # fmt: skip
+    return unchecked_residual(
+        x, branch, graph, index_kept, index_prop, layer_scale, norm_weight, norm_bias, eps, norm, standard, alpha,
+        token_scales, prefix,
+    )  # fmt: skip
+
+
+def unchecked_residual(
+    x: Tensor,
+    branch: Tensor,
+    graph: TokenGraph | None,
+    index_kept: Tensor,
+    index_prop: Tensor,
+    layer_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    norm: str,
+    standard: str,
+    alpha: float,
+    token_scales: Tensor | None,
+    prefix: int,
+) -> tuple[Tensor, Tensor | None, TokenGraph | None, Tensor | None]:
+    """:func:`residual_propagate_norm` for a caller whose arguments are right by construction."""
     backend = backends.choose("propagate", x)
     if backend == "reference":
         return reference.residual_propagate_norm(

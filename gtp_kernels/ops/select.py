@@ -40,6 +40,11 @@ def token_importance(
         TypeError, ValueError: an argument, named, with what may come.
     """
     num_prefix = check_importance(scores, standard, num_prefix, semantics)
+    return unchecked_importance(scores, standard, num_prefix, semantics)
+
+
+def unchecked_importance(scores: AttentionScores, standard: str, num_prefix: int, semantics: str) -> Tensor:
+    """:func:`token_importance` for a caller whose arguments are right by construction."""
     backend = backends.choose("select", scores.diag)
     if backend == "reference":
         return reference.token_importance(scores, standard, num_prefix, semantics)
@@ -65,6 +70,11 @@ def select_tokens(
         TypeError, ValueError: an argument, named, with what may come.
     """
     num_prop, num_prefix = check_select(importance, num_prop, num_prefix, order)
+    return unchecked_select(importance, num_prop, num_prefix, order)
+
+
+def unchecked_select(importance: Tensor, num_prop: int, num_prefix: int, order: str) -> tuple[Tensor, Tensor]:
+    """:func:`select_tokens` for a caller whose arguments are right by construction."""
     backend = backends.choose("select", importance)
     if backend == "reference":
         return reference.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)

@@ -4,7 +4,8 @@
     summarise   the P least important image tokens leave: X^s = X^k + α Â^p X^p, s^s = s^k + α Â^p s^p  (10, 12)
 
 Nothing is kept on a module: what a block hands to the next one is a :class:`State`, and what it is asked for comes
-as :class:`LayerOptions`.
+as :class:`LayerOptions`. Both are right by construction, so the ops are called without the checks of their arguments,
+a third of their time on the host.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 
 import gtp_kernels
 from gtp_kernels import AttentionScores, TokenGraph, checks, reference
+from gtp_kernels.ops.attention import unchecked_attention
+from gtp_kernels.ops.propagate import unchecked_residual
+from gtp_kernels.ops.select import unchecked_importance, unchecked_select
 from gtp_kernels.reference.select import map_rows
 from gtp_vit.config import GTPConfig
 
@@ -119,9 +123,7 @@ def attend(
             q, k, state.token_scales, sparsity=options.sparsity, scale=scale, semantics=options.semantics
         )
         return (attn @ v.to(attn.dtype)).to(v.dtype), attn.detach()
-    return gtp_kernels.attention_with_scores(
-        q, k, v, state.token_scales, sparsity=options.sparsity, scale=scale, semantics=options.semantics
-    )
+    return unchecked_attention(q, k, v, state.token_scales, float(options.sparsity), float(scale), options.semantics)
 
 
 def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Tensor:
@@ -131,7 +133,7 @@ def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Te
         return -(rows @ rows.transpose(-1, -2)).sum(-1)
     if options.selection == "Random":
         return torch.randn_like(scores.diag[:, 0, options.num_prefix :])
-    return gtp_kernels.token_importance(scores, options.selection, options.num_prefix, options.semantics)
+    return unchecked_importance(scores, options.selection, options.num_prefix, options.semantics)
 
 
 def summarise(
@@ -157,27 +159,25 @@ def summarise(
     if options.num_prop == 0:
         return x + (branch if layer_scale is None else branch * layer_scale), None, state.finished(options)
     importance = importance_of(scores, options)
-    index_kept, index_prop = gtp_kernels.select_tokens(
-        importance, options.num_prop, num_prefix=options.num_prefix, order="grid"
-    )
+    index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
     token_scales = state.token_scales
     if options.track_scales and token_scales is None:
         token_scales = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    x, normed, graph, token_scales = gtp_kernels.residual_propagate_norm(
+    x, normed, graph, token_scales = unchecked_residual(
         x,
         branch,
         state.graph,
         index_kept,
         index_prop,
-        layer_scale=layer_scale,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        norm_eps=norm.eps,
-        norm=norm.kind,
-        standard=options.propagation,
-        alpha=options.alpha,
-        token_scales=token_scales,
-        num_prefix=options.num_prefix,
+        layer_scale,
+        norm.weight,
+        norm.bias,
+        float(norm.eps),
+        norm.kind,
+        options.propagation,
+        float(options.alpha),
+        token_scales,
+        options.num_prefix,
     )
     if state.recorder is not None:
         state.recorder.add(options.block, index_kept, index_prop, importance)

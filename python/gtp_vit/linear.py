@@ -37,8 +37,10 @@ def feed_forward(mlp: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         mlp: any module; timm's ``Mlp`` with GELU, and neither dropout nor a norm inside, is fused.
         x, residual: [B, N, C].
     """
-    gelu = _gelu(mlp) if _takes(x) else None
-    if gelu is None or not (_is_plain(mlp.fc1, x) and _is_plain(mlp.fc2, x) and _is_inference()):
+    gelu = None
+    if _takes(x) and type(mlp) is Mlp and _is_plain(mlp.fc1, x) and _is_plain(mlp.fc2, x) and _is_inference():
+        gelu = _gelu(mlp)
+    if gelu is None:
         out: Tensor = mlp(x)
         return out if residual is None else residual + out
     hidden = _product(x, mlp.fc1, "gelu", gelu)
@@ -108,9 +110,9 @@ def _has_operators() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _gelu(mlp: Any) -> str | None:
+def _gelu(mlp: Mlp) -> str | None:
     """The algorithm of the GELU of a feed-forward that consists of two linear layers and it; None for another one."""
-    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or type(mlp.norm) is not nn.Identity:
+    if type(mlp.act) is not nn.GELU or type(mlp.norm) is not nn.Identity:
         return None
     parts = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
     if any(has_hooks(part) for part in parts) or any(_drops(part) for part in (mlp.drop1, mlp.drop2)):
