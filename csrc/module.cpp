@@ -173,11 +173,10 @@ Rows rows_of(const py::array& array, DType dtype) {
   return {array.data(), dtype, array.strides(0) / array.itemsize(), array.strides(1) / array.itemsize()};
 }
 
-py::tuple attention_with_scores(const py::array& q_, const py::array& k_, const py::array& v_,
-                                const Optional& token_scales, double sparsity, std::optional<double> scale,
-                                const std::string& semantics, bool force_miss, int threads,
-                                const std::optional<std::string>& isa) {
-  const py::array q = with_whole_strides(q_), k = with_whole_strides(k_), v = with_whole_strides(v_);
+// What forward and backward are given; q, k, v have whole strides, `scales` keeps the token scales alive.
+AttentionParams attention_of(const py::array& q, const py::array& k, const py::array& v, const Optional& token_scales,
+                             double sparsity, std::optional<double> scale, const std::string& semantics,
+                             bool force_miss, py::array& scales) {
   AttentionParams p;
   p.dtype = floating("q", q);
   check_dim("q", q, 4);
@@ -196,7 +195,6 @@ py::tuple attention_with_scores(const py::array& q_, const py::array& k_, const 
   p.scale = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.head_size));
   p.rank = threshold_rank(p.tokens, sparsity, is_paper(semantics));
   p.force_miss = force_miss;
-  py::array scales;
   p.token_scales = vector_of("token_scales", token_scales, {shape[0], shape[2]}, true, scales);
   strides_of(q, p.stride_q);
   strides_of(k, p.stride_k);
@@ -204,6 +202,17 @@ py::tuple attention_with_scores(const py::array& q_, const py::array& k_, const 
   p.q = q.data();
   p.k = k.data();
   p.v = v.data();
+  return p;
+}
+
+py::tuple attention_with_scores(const py::array& q_, const py::array& k_, const py::array& v_,
+                                const Optional& token_scales, double sparsity, std::optional<double> scale,
+                                const std::string& semantics, bool force_miss, int threads,
+                                const std::optional<std::string>& isa) {
+  const py::array q = with_whole_strides(q_), k = with_whole_strides(k_), v = with_whole_strides(v_);
+  py::array scales;
+  AttentionParams p = attention_of(q, k, v, token_scales, sparsity, scale, semantics, force_miss, scales);
+  const Shape shape(q.shape(), q.shape() + 4);
   const char* score_type = p.dtype == DType::Float64 ? "float64" : "float32";
   py::array out = empty({shape[0], shape[2], shape[1], shape[3]}, numpy_name(p.dtype));
   py::array diag = empty({shape[0], shape[1], shape[2]}, score_type);
@@ -215,6 +224,29 @@ py::tuple attention_with_scores(const py::array& q_, const py::array& k_, const 
   p.cls_row = cls_row.mutable_data();
   kernels_of(isa, threads).attention(p, kParallel);
   return py::make_tuple(out.attr("transpose")(0, 2, 1, 3), diag, colsum, cls_row);
+}
+
+py::tuple attention_with_scores_backward(const py::array& grad_out_, const py::array& q_, const py::array& k_,
+                                         const py::array& v_, const Optional& token_scales, double sparsity,
+                                         std::optional<double> scale, const std::string& semantics, bool force_miss,
+                                         int threads, const std::optional<std::string>& isa) {
+  const py::array q = with_whole_strides(q_), k = with_whole_strides(k_), v = with_whole_strides(v_);
+  const py::array grad_out = with_whole_strides(grad_out_);
+  py::array scales;
+  AttentionBackwardParams p;
+  p.attention = attention_of(q, k, v, token_scales, sparsity, scale, semantics, force_miss, scales);
+  const Shape shape(q.shape(), q.shape() + 4);
+  check_shape("grad_out", grad_out, shape);
+  if (floating("grad_out", grad_out) != p.attention.dtype) throw py::value_error("grad_out must have q's dtype");
+  strides_of(grad_out, p.stride_grad_out);
+  p.grad_out = grad_out.data();
+  const char* dtype = numpy_name(p.attention.dtype);
+  py::array grad_q = empty(shape, dtype), grad_k = empty(shape, dtype), grad_v = empty(shape, dtype);
+  p.grad_q = grad_q.mutable_data();
+  p.grad_k = grad_k.mutable_data();
+  p.grad_v = grad_v.mutable_data();
+  kernels_of(isa, threads).attention_backward(p, kParallel);
+  return py::make_tuple(grad_q, grad_k, grad_v);
 }
 
 py::array importance_of(const py::array& diag, const py::array& colsum, const py::array& cls_row,
@@ -526,6 +558,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_with_scores", &gtp::attention_with_scores, "q"_a, "k"_a, "v"_a, "token_scales"_a = py::none(),
         "sparsity"_a = 1.0, "scale"_a = py::none(), "semantics"_a = "official", py::kw_only(), "force_miss"_a = false,
         "threads"_a = 1, "isa"_a = py::none());
+  m.def("attention_with_scores_backward", &gtp::attention_with_scores_backward, "grad_out"_a, "q"_a, "k"_a, "v"_a,
+        "token_scales"_a = py::none(), "sparsity"_a = 1.0, "scale"_a = py::none(), "semantics"_a = "official",
+        py::kw_only(), "force_miss"_a = false, "threads"_a = 1, "isa"_a = py::none());
   m.def("token_importance", &gtp::importance_of, "diag"_a, "colsum"_a, "cls_row"_a, "standard"_a = "MixedAttnMax",
         "num_prefix"_a = 1, "semantics"_a = "official", py::kw_only(), "threads"_a = 1);
   m.def("select_tokens", &gtp::select_of, "importance"_a, "num_prop"_a, "num_prefix"_a = 1, "order"_a = "grid",

@@ -219,9 +219,9 @@ Graph graph_of(const Optional& indptr, const Optional& indices, const Optional& 
   return graph;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                 const Optional& token_scales, double sparsity,
-                                                                 double scale, const std::string& semantics) {
+// What forward and backward are given; `scales` keeps the token scales alive.
+AttentionParams attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& token_scales,
+                             double sparsity, double scale, const std::string& semantics, Optional& scales) {
   AttentionParams p;
   p.dtype = floating("q", q);
   check_type("k", k, q.scalar_type());
@@ -236,7 +236,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(const Tensor& q
   p.tokens = shape[2];
   p.head_size = shape[3];
   GTP_CHECK(p.head_size > 0, "q has shape ", shape_of(q), "; d must be at least 1");
-  Optional scales;
   p.token_scales = vector_of("token_scales", token_scales, {p.batch, p.tokens}, "[B, N]", true, scales);
   p.scale = scale;
   p.rank = threshold_rank(p.tokens, sparsity, is_paper(semantics));
@@ -246,7 +245,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(const Tensor& q
   p.q = q.const_data_ptr();
   p.k = k.const_data_ptr();
   p.v = v.const_data_ptr();
+  return p;
+}
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                 const Optional& token_scales, double sparsity,
+                                                                 double scale, const std::string& semantics) {
+  Optional scales;
+  AttentionParams p = attention_of(q, k, v, token_scales, sparsity, scale, semantics, scales);
   const ScalarType score_type = p.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float;
   Tensor out = empty(q, {p.batch, p.tokens, p.heads, p.head_size}, q.scalar_type());
   Tensor diag = empty(q, {p.batch, p.heads, p.tokens}, score_type);
@@ -258,6 +264,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(const Tensor& q
   p.cls_row = cls_row.mutable_data_ptr();
   kernels().attention(p, kParallel);
   return {torch::stable::transpose(out, 1, 2), diag, colsum, cls_row};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_with_scores_backward(const Tensor& grad_out, const Tensor& q,
+                                                                  const Tensor& k, const Tensor& v,
+                                                                  const Optional& token_scales, double sparsity,
+                                                                  double scale, const std::string& semantics) {
+  Optional scales;
+  AttentionBackwardParams p;
+  p.attention = attention_of(q, k, v, token_scales, sparsity, scale, semantics, scales);
+  const Shape shape = {p.attention.batch, p.attention.heads, p.attention.tokens, p.attention.head_size};
+  check_type("grad_out", grad_out, q.scalar_type());
+  check_shape("grad_out", grad_out, shape, "[B, H, N, d]");
+  strides_of(grad_out, p.stride_grad_out);
+  p.grad_out = grad_out.const_data_ptr();
+  Tensor grad_q = empty(q, shape, q.scalar_type());
+  Tensor grad_k = empty(q, shape, q.scalar_type());
+  Tensor grad_v = empty(q, shape, q.scalar_type());
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr();
+  kernels().attention_backward(p, kParallel);
+  return {grad_q, grad_k, grad_v};
 }
 
 Tensor importance_op(const Tensor& diag, const Tensor& colsum, const Tensor& cls_row, const std::string& standard,
@@ -505,6 +533,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gtp_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gtp_kernels, CPU, m) {
   m.impl("attention_with_scores", TORCH_BOX(&gtp::attention_with_scores));
+  m.impl("attention_with_scores_backward", TORCH_BOX(&gtp::attention_with_scores_backward));
   m.impl("token_importance", TORCH_BOX(&gtp::importance_op));
   m.impl("select_tokens", TORCH_BOX(&gtp::select_op));
   m.impl("propagate", TORCH_BOX(&gtp::propagate_op));

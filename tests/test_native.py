@@ -103,15 +103,15 @@ def test_the_variable_forces_an_instruction_set():
 
 
 def with_map(q, k, token_scales=None, sparsity=1.0, semantics="official", **options):
-    """(the masked map itself, scores): q and k padded with zeros to d = N, and v the identity."""
+    """(the masked map itself, scores): q and k padded with zeros to d = N or more, and v the identity."""
     b, h, n, d = q.shape
-    assert d <= n
-    pad = ((0, 0),) * 3 + ((0, n - d),)
-    v = np.broadcast_to(np.eye(n, dtype=q.dtype), (b, h, n, n))
+    size = max(n, d)
+    pad = ((0, 0),) * 3 + ((0, size - d),)
+    v = np.broadcast_to(np.eye(n, size, dtype=q.dtype), (b, h, n, size))
     out, *scores = _C.attention_with_scores(
         np.pad(q, pad), np.pad(k, pad), v, token_scales, sparsity, d**-0.5, semantics, **options
     )
-    return out, scores
+    return out[..., :n], scores
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -234,6 +234,118 @@ def test_any_strides(rng, isa):
         np.testing.assert_array_equal(got, expected)
 
 
+def gradients(grad_out, q, k, v, token_scales, dropped):
+    """The definition in float64; `dropped` is the complement of the mask [B, H, N, N]."""
+    grad_out, q, k, v = (x.astype(np.float64) for x in (grad_out, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    with np.errstate(invalid="ignore"):
+        p = softmax_map(q, k, token_scales)
+        grad = np.where(dropped, 0, grad_out @ np.swapaxes(v, -1, -2))
+        steps = p * (grad - (p * grad).sum(-1, keepdims=True)) * scale
+        transposed = np.swapaxes(steps, -1, -2)
+        return steps @ k, transposed @ q, np.swapaxes(np.where(dropped, 0, p), -1, -2) @ grad_out
+
+
+def dropped_by(q, k, token_scales, sparsity, semantics, isa):
+    """What the kernel's own map drops: an entry within rounding of the threshold may fall on either side of it."""
+    wide = [x.astype("float64" if x.dtype == np.float64 else "float32") for x in (q, k)]
+    full, _ = with_map(*wide, token_scales, isa=isa)
+    rank = threshold_rank(q.shape[2], sparsity, semantics)
+    if rank == 0:
+        return np.zeros(full.shape, bool)
+    # NumPy sorts NaN last, and nothing is below a threshold that is NaN.
+    return full < np.sort(full.reshape(*full.shape[:2], -1), axis=-1)[..., rank - 1][..., None, None]
+
+
+def check_gradients(isa, grad_out, q, k, v, token_scales, sparsity, semantics="official", **options):
+    got = _C.attention_with_scores_backward(
+        grad_out, q, k, v, token_scales, sparsity, None, semantics, isa=isa, **options
+    )
+    dropped = dropped_by(q, k, token_scales, sparsity, semantics, isa)
+    for ours, want in zip(got, gradients(grad_out, q, k, v, token_scales, dropped), strict=True):
+        assert ours.dtype == q.dtype
+        assert ours.flags.c_contiguous
+        # Sums of terms of either sign: the error follows the largest gradients.
+        largest = np.abs(want[np.isfinite(want)]).max(initial=0)
+        np.testing.assert_allclose(ours, want, rtol=RTOL[q.dtype.name], atol=RTOL[q.dtype.name] * largest)
+    return got
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("n", [1, 5, 17, 63, 197, 257])
+@pytest.mark.parametrize("d", [8, 24, 64, 80])
+def test_attention_backward(rng, isa, dtype, n, d):
+    q, k, v = qkv(rng, 2, 2, n, d, dtype)
+    grad_out = rng.standard_normal(q.shape).astype(dtype)
+    scales = rng.uniform(0.5, 4, (2, n)).astype("float64" if dtype == "float64" else "float32")
+    check_gradients(isa, grad_out, q, k, v, scales, 1.0)
+    check_gradients(isa, grad_out, q, k, v, None, 0.6, "paper")
+    for sparsity in (0.6, 0.001):
+        for force_miss in (False, True):
+            check_gradients(isa, grad_out, q, k, v, scales, sparsity, force_miss=force_miss)
+
+
+@pytest.mark.parametrize("n", [1025, 1031])
+@pytest.mark.parametrize("sparsity", [1.0, 0.6])
+def test_attention_backward_computes_the_rows_of_many_tokens_again(rng, isa, n, sparsity):
+    q, k, v = qkv(rng, 1, 1, n, 8)
+    grad_out = rng.standard_normal(q.shape).astype("float32")
+    scales = rng.uniform(0.5, 4, (1, n)).astype("float32")
+    check_gradients(isa, grad_out, q, k, v, scales, sparsity)
+
+
+@pytest.mark.parametrize("force_miss", [False, True])
+@pytest.mark.parametrize("n", [7, 66, 130])
+def test_attention_backward_keeps_ties(rng, isa, n, force_miss):
+    q = np.zeros((1, 1, n, 4), "float32")
+    k, v, grad_out = qkv(rng, 1, 1, n, 4)
+    for scales in (np.ones(n), 1 + np.arange(n) % 3):
+        scales = scales[None].astype("float32")
+        kept = []
+        for sparsity in (0.99, 0.5, 0.01):
+            grad_q, grad_k, grad_v = check_gradients(isa, grad_out, q, k, v, scales, sparsity, force_miss=force_miss)
+            assert np.abs(grad_q).max() > 0
+            assert not grad_k.any()
+            kept.append(int((np.abs(grad_v).max(-1) > 0).sum()))
+        assert kept[0] == n
+        assert (kept[2] == n) == bool((scales == 1).all())
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 0.9, 0.5, 0.1])  # with 0.1 the threshold is NaN: it drops nothing
+@pytest.mark.parametrize("force_miss", [False, True])
+def test_nan_and_infinity_reach_the_gradients_that_they_should(rng, isa, sparsity, force_miss):
+    n = 70
+    q, k, v = qkv(rng, 1, 2, n, 20)
+    grad_out = rng.standard_normal(q.shape).astype("float32")
+    q[0, 0, :10] = np.nan
+    grad_out[0, 1, 5] = np.inf
+    grad_q, grad_k, grad_v = check_gradients(isa, grad_out, q, k, v, None, sparsity, force_miss=force_miss)
+    assert np.isnan(grad_q[0, 0, :10]).all()
+    assert np.isfinite(grad_q[0, 0, 10:]).all()
+    assert np.isnan(grad_v[0, 0]).all()  # a map that is NaN stays
+    assert np.isnan(grad_k[0]).all()
+    assert np.isnan(grad_q[0, 1, 5]).all()
+    assert np.isfinite(np.delete(grad_q[0, 1], 5, 0)).all()
+
+
+def test_backward_of_any_strides(rng, isa):
+    for dtype in ("float16", "float32", "float64"):
+        q, k, v = qkv(rng, 2, 3, 37, 16, dtype)
+        grad_out = rng.standard_normal(q.shape).astype(dtype)
+        want = _C.attention_with_scores_backward(grad_out, q, k, v, None, 0.6, isa=isa)
+        views = (
+            np.ascontiguousarray(grad_out.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3),
+            np.ascontiguousarray(q.transpose(3, 2, 0, 1)).transpose(2, 3, 1, 0),
+            np.ascontiguousarray(k[:, :, ::-1])[:, :, ::-1],
+            np.repeat(v, 2, axis=3)[..., ::2],
+        )
+        strided = [np.ascontiguousarray(x.transpose(3, 2, 0, 1)).transpose(2, 3, 1, 0) for x in (grad_out, q, k, v)]
+        for arrays in (views, strided):
+            got = _C.attention_with_scores_backward(*arrays, None, 0.6, isa=isa)
+            for ours, expected in zip(got, want, strict=True):
+                np.testing.assert_array_equal(ours, expected)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_threads_do_not_change_a_bit(rng, isa, threads):
     q, k, v = qkv(rng, 3, 5, 70, 16)
@@ -245,6 +357,7 @@ def test_threads_do_not_change_a_bit(rng, isa, threads):
 
     def everything(threads):
         yield from _C.attention_with_scores(q, k, v, None, 0.6, threads=threads, isa=isa)
+        yield from _C.attention_with_scores_backward(v, q, k, v, None, 0.6, threads=threads, isa=isa)
         yield from _C.build_graph(x, 6, 6, threads=threads, isa=isa)
         yield from _C.residual_propagate_norm(x, x, None, graph, kept, prop, scales, threads=threads, isa=isa)
         yield _C.propagate_backward(grad, graph, kept, prop, threads=threads, isa=isa)
@@ -494,6 +607,7 @@ def test_empty_sizes(isa, batch):
     assert _C.attention_with_scores(q, q, q, None, 0.6, isa=isa)[0].shape == q.shape
     q = np.zeros((0, 2, 5, 4), "float32")
     assert _C.attention_with_scores(q, q, q, None, 0.6, isa=isa)[1].shape == (0, 2, 5)
+    assert _C.attention_with_scores_backward(q, q, q, q, None, 0.6, isa=isa)[2].shape == q.shape
     x = np.zeros((0, 5, 3), "float32")
     none = np.zeros((0, 2), "int64")
     graph = csr(x, 2, 2, num_neighbours=2, isa=isa)
@@ -557,6 +671,10 @@ def test_wrong_arguments_are_named(rng):
         _C.attention_with_scores(q, k, v, semantics="printed")
     with pytest.raises(ValueError, match="q has dtype int64"):
         _C.attention_with_scores(q.astype("int64"), k, v)
+    with pytest.raises(ValueError, match=r"grad_out has shape \(1, 2, 4, 4\); it must be \(1, 2, 5, 4\)"):
+        _C.attention_with_scores_backward(v[:, :, 1:], q, k, v)
+    with pytest.raises(ValueError, match="grad_out must have q's dtype"):
+        _C.attention_with_scores_backward(v.astype("float64"), q, k, v)
     with pytest.raises(ValueError, match="num_prop is 6"):
         _C.select_tokens(np.zeros((1, 5)), 6)
     with pytest.raises(ValueError, match=r"height \* width is 6"):

@@ -20,13 +20,20 @@ namespace gtp {
 #define GTP_DECLARE_KERNELS(isa)                                                    \
   namespace isa {                                                                   \
   void attention(const AttentionParams&, const Parallel&);                          \
+  void attention_backward(const AttentionBackwardParams&, const Parallel&);         \
   bool propagate(const PropagateParams&, const Parallel&, Error&);                  \
   bool propagate_backward(const PropagateBackwardParams&, const Parallel&, Error&); \
   bool propagate_dense(const PropagateDenseParams&, const Parallel&, Error&);       \
   void build_graph(const GraphParams&, const Parallel&);                            \
   }
 #define GTP_KERNEL_TABLE(isa) \
-  {#isa, isa::attention, isa::propagate, isa::propagate_backward, isa::propagate_dense, isa::build_graph}
+  {#isa,                      \
+   isa::attention,            \
+   isa::attention_backward,   \
+   isa::propagate,            \
+   isa::propagate_backward,   \
+   isa::propagate_dense,      \
+   isa::build_graph}
 
 GTP_DECLARE_KERNELS(baseline)
 #if defined(GTP_HAVE_X86)
@@ -38,7 +45,13 @@ GTP_DECLARE_KERNELS(avx512)
   }
 // The attention of one set, everything else that of AVX-512.
 #define GTP_ATTENTION_TABLE(isa) \
-  {#isa, isa::attention, avx512::propagate, avx512::propagate_backward, avx512::propagate_dense, avx512::build_graph}
+  {#isa,                         \
+   isa::attention,               \
+   avx512::attention_backward,   \
+   avx512::propagate,            \
+   avx512::propagate_backward,   \
+   avx512::propagate_dense,      \
+   avx512::build_graph}
 GTP_DECLARE_ATTENTION(avx512_bf16)
 #if defined(GTP_HAVE_AMX)
 GTP_DECLARE_ATTENTION(amx)

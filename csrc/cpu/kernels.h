@@ -82,6 +82,16 @@ struct AttentionParams {
   void *diag = nullptr, *colsum = nullptr, *cls_row = nullptr;  // [B, H, N], double for Float64, float otherwise
 };
 
+// The gradients of q, k and v from that of out; the map is computed again. With dA = dout v^T where the mask keeps,
+// else 0: grad_v = mask(A)^T dout, dS = A (dA - sum_j A_j dA_j) scale, grad_q = dS k, grad_k = dS^T q; A itself is not
+// masked. token_scales get none. Half types: the map is that of float32 products.
+struct AttentionBackwardParams {
+  AttentionParams attention;  // its outputs are not used
+  const void* grad_out = nullptr;
+  int64_t stride_grad_out[4] = {};                               // [B, H, N, d], any strides
+  void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  // [B, H, N, d]; like grad_out of q's type
+};
+
 // The 1-based rank of the threshold among the N * N values of a map, 0 where everything stays.
 // official: the k-th smallest, k = int(N * N * (1 - sparsity)). paper: the ceil(sparsity * N * N)-th largest.
 GTP_API int64_t threshold_rank(int64_t tokens, double sparsity, bool paper);
@@ -188,6 +198,7 @@ GTP_API void select_tokens(const SelectParams&, const Parallel&);
 struct Kernels {
   const char* isa;
   void (*attention)(const AttentionParams&, const Parallel&);
+  void (*attention_backward)(const AttentionBackwardParams&, const Parallel&);
   bool (*propagate)(const PropagateParams&, const Parallel&, Error& error);
   bool (*propagate_backward)(const PropagateBackwardParams&, const Parallel&, Error& error);
   bool (*propagate_dense)(const PropagateDenseParams&, const Parallel&, Error& error);

@@ -127,6 +127,6 @@ def _reference_kernel(
 
 
 _library.implement("attention_with_scores", _reference_kernel)
-_library.implement("attention_with_scores_backward", definition.attention_with_scores_backward, always=True)
+_library.implement("attention_with_scores_backward", definition.attention_with_scores_backward)
 _library.autograd("attention_with_scores", _backward, _setup_context)
 _library.autograd("attention_with_scores_backward", _no_second_order, lambda ctx, inputs, output: None)
