@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, lines, measure, models, readme, registry, runner, tome, tune
+from benchmarks import gpu, lines, measure, models, readme, registry, runner, tome, training, tune
+from gtp_kernels import backends
 
 testing = pytest.importorskip("click.testing")
 timm = pytest.importorskip("timm")
@@ -173,6 +174,30 @@ def test_run_times_a_model_against_its_baselines() -> None:
     assert overhead["of"] == "tome"
     assert overhead["median"] > 0
     assert overhead["share"] > 0
+
+
+def test_training_times_the_step(tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    arguments = ["--tiny", "--model", "vit_tiny_patch16_224", "--batch", "2", "--num-prop", "2", "--rounds", "1"]
+    done = testing.CliRunner().invoke(training.main, [*arguments, "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    report = json.loads(path.read_text())
+    assert report["torch"] == torch.__version__
+    (result,) = report["results"]
+    assert list(result["median"]) == ["ours", "timm", "slicing"]
+    assert set(result["ratio"]) == {"timm", "slicing"}
+    assert result["per_second"]["ours"] > 0
+
+
+def test_wrong_gradients_are_not_timed() -> None:
+    class Wrong(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.0 if backends.forced() == "reference" else 1.001)
+
+    images, labels = torch.ones(2, 3), torch.tensor([0, 1])
+    training.check_gradients(torch.nn.Linear(3, 2), images, labels)
+    with pytest.raises(AssertionError, match="the gradient of weight"):
+        training.check_gradients(Wrong(3, 2), images, labels)
 
 
 def test_folders_are_named_after_devices() -> None:

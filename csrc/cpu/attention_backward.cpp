@@ -4,7 +4,7 @@
 //   dv = (A o M)^T dO,  dS = A o (dA - sum_j A_j dA_j) scale,  dq = dS k,  dk = dS^T q.
 //
 // One (image, head) is one task. 10 N^2 d FLOPs, beyond kWholeMap tokens 14 N^2 d with a threshold. Map and threshold
-// are computed again (attention_map.h). Blocks of kRows rows make A o M and dS for a part of some 64 rows, whose
+// are computed again (attention_map.h). Blocks of kRows rows make A o M and dS for a part of some 128 rows, whose
 // transposes are then multiplied at once: beside the map of up to kWholeMap tokens nothing of size N^2 is kept.
 
 #include "attention_map.h"
@@ -13,20 +13,21 @@ namespace gtp {
 namespace GTP_ISA {
 namespace {
 
-constexpr int64_t kPartBlocks = 64 / kRows;
+constexpr int64_t kPartBlocks = 128 / kRows;
 
-template <class T>
+// E is what the forward multiplied: its products decide which entries are at the threshold.
+template <class T, class E>
 struct Backward {
   static constexpr int W = Vec<T>::W;
   using V = typename Vec<T>::V;
   using I = typename Vec<T>::I;
 
   const AttentionBackwardParams& p;
-  SoftmaxMap<T, T> map;
+  SoftmaxMap<T, E> map;
   const int64_t tokens, size;
   const Panels panels;                // of the head size
   const int64_t width;                // the head size, rounded up to whole vectors
-  const int64_t padded, columns, ld;  // tokens, rounded up to kRows and then to whole vectors; the stride of a part
+  const int64_t padded, columns, ld;  // tokens, rounded up to kRows, and to whole vectors too; the row stride of a part
   const int64_t blocks, parts, most;  // whole blocks of a head; its parts; the rows of the largest one
   const bool in_place;                // grad_q takes whole vectors of T
 
@@ -179,13 +180,16 @@ struct Backward {
   }
 };
 
-template <class T>
+template <class T, class E>
 void run_backward(const AttentionBackwardParams& p, const Parallel& parallel) {
   auto body = [&](int64_t begin, int64_t end) {
-    Backward<T> backward(p);
+    Backward<T, E> backward(p);
     Scratch scratch(backward.bytes());
     backward.carve(scratch);
     for (int64_t t = begin; t < end; ++t) backward.run(t / p.attention.heads, t % p.attention.heads);
+#if defined(GTP_AMX)
+    if constexpr (!Vec<E>::is_floating) tile_release();
+#endif
   };
   parallel_for(parallel, p.attention.batch * p.attention.heads, 1, body);
 }
@@ -194,8 +198,11 @@ void run_backward(const AttentionBackwardParams& p, const Parallel& parallel) {
 
 void attention_backward(const AttentionBackwardParams& p, const Parallel& parallel) {
   if (p.attention.tokens == 0 || p.attention.head_size == 0) return;
-  if (p.attention.dtype == DType::Float64) return run_backward<double>(p, parallel);
-  run_backward<float>(p, parallel);
+  if (p.attention.dtype == DType::Float64) return run_backward<double, double>(p, parallel);
+#if defined(__AVX512BF16__)
+  if (p.attention.dtype == DType::BFloat16) return run_backward<float, Pair>(p, parallel);
+#endif
+  run_backward<float, float>(p, parallel);
 }
 
 }  // namespace GTP_ISA

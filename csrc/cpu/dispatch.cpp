@@ -39,15 +39,16 @@ GTP_DECLARE_KERNELS(baseline)
 #if defined(GTP_HAVE_X86)
 GTP_DECLARE_KERNELS(avx2)
 GTP_DECLARE_KERNELS(avx512)
-#define GTP_DECLARE_ATTENTION(isa)                         \
-  namespace isa {                                          \
-  void attention(const AttentionParams&, const Parallel&); \
+#define GTP_DECLARE_ATTENTION(isa)                                          \
+  namespace isa {                                                           \
+  void attention(const AttentionParams&, const Parallel&);                  \
+  void attention_backward(const AttentionBackwardParams&, const Parallel&); \
   }
 // The attention of one set, everything else that of AVX-512.
 #define GTP_ATTENTION_TABLE(isa) \
   {#isa,                         \
    isa::attention,               \
-   avx512::attention_backward,   \
+   isa::attention_backward,      \
    avx512::propagate,            \
    avx512::propagate_backward,   \
    avx512::propagate_dense,      \
