@@ -31,11 +31,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 # A test that reaches for a model hub fails at once instead of waiting for the network.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-CXX_SOURCES := $(shell find csrc -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
+CXX_SOURCES := $(shell find csrc tests/native -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton lint arm64 format demo wheel info compile-check compile-check-all gpu gpu-dry-run \
-  readme clean distclean
+.PHONY: help venv build test test-triton sanitize sanitize-address sanitize-thread lint arm64 format demo wheel info \
+  compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -86,6 +86,45 @@ test-triton: build  ## the tests of the ops and of a patched model on the Triton
 	@echo "-- Triton kernels in the interpreter: $(INTERPRETED)"
 	@TRITON_INTERPRET=1 $(ONE_THREAD) $(PYTEST) -W ignore -k triton -n $(WORKERS) --dist worksteal \
 	  --durations=10 --durations-min=20 $(INTERPRETED) $(ARGS)
+
+# Each in a folder of its own: cmake/ is the build, lib/ a copy of the packages around the libraries that it made.
+SANITIZED = build/sanitize-$(@:sanitize-%=%)
+LIB = $(abspath $(SANITIZED))/lib
+TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
+CONFIGURE = cmake -S . -B $(SANITIZED)/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=OFF \
+  -DGTP_OUTPUT_DIR=$(LIB)/gtp_kernels >/dev/null
+COMPILE = cmake --build $(SANITIZED)/cmake --parallel $${MAX_JOBS:-$(CORES)}
+# Their tables lie at fixed addresses, which some kernels give to the program when they place it at random.
+IN_PLACE = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+# libasan is loaded before the interpreter, with libstdc++, whose exceptions it intercepts. Fresh memory is NaN. Leaks
+# are not looked for: the interpreter and torch keep what they have until the process ends.
+IN_PYTHON = LD_PRELOAD="$(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))" \
+  ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 PYTHONPATH=$(LIB) \
+  GTP_TESTED_FOLDER=$(LIB)/gtp_kernels
+# The native tests, and those of the ops for bfloat16, which NumPy lacks.
+SANITIZE_TESTS := $(addprefix $(CURDIR)/tests/test_,native.py attention.py propagate.py graph.py select.py)
+
+sanitize: sanitize-address sanitize-thread  ## the native tests under GCC's address, undefined and thread sanitizers
+
+sanitize-address: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize-address: build
+	@echo "-- AddressSanitizer and UndefinedBehaviorSanitizer: building"
+	@rm -rf $(LIB)
+	@$(BIN)/python setup.py --quiet build_py --build-lib $(LIB)
+	@$(CONFIGURE) -DGTP_SANITIZE="address;undefined;float-cast-overflow" -DPython_EXECUTABLE=$(BIN)/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	@$(COMPILE) --target all race -- --quiet
+	@echo "-- AddressSanitizer and UndefinedBehaviorSanitizer: testing"
+	@$(IN_PLACE) $(SANITIZED)/cmake/race
+	@cd $(LIB) && $(IN_PLACE) env $(IN_PYTHON) $(ONE_THREAD) $(PYTEST) -c $(CURDIR)/pyproject.toml \
+	  -o pythonpath=$(LIB) --capture=sys $(SANITIZE_TESTS) \
+	  -k "native or (cpu and not compile and not opcheck and not offsets_beyond)" $(ARGS)
+
+sanitize-thread: build
+	@echo "-- ThreadSanitizer"
+	@$(CONFIGURE) -DGTP_SANITIZE=thread -DGTP_PYTHON_MODULE=OFF
+	@$(COMPILE) --target race -- --quiet
+	@TSAN_OPTIONS=halt_on_error=1 $(IN_PLACE) $(SANITIZED)/cmake/race
 
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	@echo "-- ruff"

@@ -13,7 +13,8 @@ import sys
 import numpy as np
 import pytest
 
-import gtp_kernels  # noqa: F401  # loads torch, which libgtp_kernels needs
+import gtp_kernels
+from gtp_kernels import native
 
 _C = pytest.importorskip("gtp_kernels._C", reason="the native module was not built")
 
@@ -70,6 +71,13 @@ def rows(scores, p):
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_is_the_one_meant():
+    """``make sanitize`` names the folder of its own build: with any other module it would find nothing."""
+    meant = os.environ.get("GTP_TESTED_FOLDER", gtp_kernels.__path__[0])
+    assert os.path.dirname(_C.__file__) == meant
+    assert os.path.dirname(native.LIBRARY) == meant
 
 
 def test_build_info_says_what_was_built():
