@@ -142,10 +142,11 @@ def test_attention_without_threshold(rng, isa, dtype, n):
 
 @pytest.mark.parametrize("force_miss", [False, True])
 @pytest.mark.parametrize("semantics", ["official", "paper"])
-@pytest.mark.parametrize("sparsity", [0.05, 0.6, 0.9999])
+@pytest.mark.parametrize("sparsity", [1e-18, 0.05, 0.6, 0.9999, 1 - 1e-12])  # ranks 0 and N * N among them
 def test_threshold_keeps_the_documented_number(rng, isa, sparsity, semantics, force_miss):
-    for n, dtype in ((5, "float32"), (33, "float64"), (64, "float32"), (65, "float32"), (197, "float32")):
-        q, k, _ = qkv(rng, 1, 2, n, 5, dtype)
+    sizes = [(1, "float32"), (3, "float64"), (5, "float32"), (15, "float32"), (33, "float64"), (64, "float32")]
+    for n, dtype in [*sizes, (65, "float32"), (197, "float32")]:
+        q, k, _ = qkv(rng, 1, 2, n, min(n, 5), dtype)
         full, _ = with_map(q, k, isa=isa)
         p, scores = with_map(q, k, None, sparsity, semantics, force_miss=force_miss, isa=isa)
         np.testing.assert_allclose(full, softmax_map(q, k), rtol=1e-5, atol=1e-9)
@@ -183,6 +184,93 @@ def test_threshold_of_skewed_maps(rng, isa):
     for sparsity in (0.02, 0.25, 0.6, 0.97):
         p, _ = with_map(q, k, None, sparsity, isa=isa)
         np.testing.assert_array_equal(p, masked(full, sparsity, "official"))
+
+
+def extreme_maps(dtype):
+    """Name: (q, k, token_scales), for 70 tokens. The logits are exact in any order of summation."""
+    n, wide = 70, dtype == "float64"
+    j = np.arange(n)
+    q, k = np.zeros((2, 1, 1, n, 4), dtype)
+
+    def along_first_axis(queries, keys):
+        a, b = q.copy(), k.copy()
+        a[..., 0], b[..., 0] = queries, keys
+        return a, b, None
+
+    yield "all equal", (q, k, None)
+    yield "one huge value", along_first_axis(j == 5, 160 * (j == 9))
+    one_hot = np.eye(64, dtype=dtype)[j % 64][None, None]
+    yield "one huge value in every row", (one_hot, 640 * one_hot, None)
+    yield "subnormal and zero", along_first_axis(1 + j % 3, -(22 if wide else 3) * j)
+    yield "subnormal inputs", along_first_axis(2.0 ** (-1030 if wide else -130), 2.0 ** (1015 if wide else 121) * j)
+    keys = np.where(j == 3, np.inf, j % 4)
+    yield "infinite key", along_first_axis(np.where(j < 10, 1, -1), keys)
+    yield "infinite queries", along_first_axis(np.where(j % 7 == 0, -np.inf, j % 5), 1 + j % 2)
+    yield "NaN key", along_first_axis(j % 3, np.where(j == 3, np.nan, j % 4))
+    yield "NaN queries", along_first_axis(np.where(j % 9 == 0, np.nan, j % 3), j % 4)
+    scales = np.where(j % 5 == 0, 0, np.where(j % 5 == 1, 1e-40, np.where(j % 5 == 2, 1e38, 1.5 + j)))
+    yield "scales from nothing to 1e38", (*along_first_axis(j % 3, j % 4)[:2], scales[None].astype("float32"))
+    yield "infinite scale", (q, k, np.where(j == 3, np.inf, 1)[None].astype("float32"))
+
+
+@pytest.mark.parametrize("force_miss", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name, _ in extreme_maps("float32")])
+def test_extreme_maps(isa, name, dtype, force_miss):
+    q, k, scales = dict(extreme_maps(dtype))[name]
+    full, _ = with_map(q, k, scales, isa=isa)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        want = softmax_map(q, k, scales)
+    tiny = 8 * np.finfo(dtype).smallest_subnormal
+    # A logarithm of 1e38 is 87: its rounding is a relative error of the weights.
+    rtol = (1e-12 if dtype == "float64" else 1e-5) if scales is None else 3e-5
+    np.testing.assert_allclose(full, want, rtol=rtol, atol=tiny)
+    for semantics in ("official", "paper"):
+        for sparsity in (1e-18, 0.02, 0.3, 0.6, 0.97, 1 - 1e-12):
+            p, scores = with_map(q, k, scales, sparsity, semantics, force_miss=force_miss, isa=isa)
+            np.testing.assert_array_equal(p, masked(full, sparsity, semantics))
+            for got, expected in zip(
+                scores, (np.diagonal(p[0, 0]), p[0, 0].sum(0, dtype="float64"), p[0, 0, 0]), strict=True
+            ):
+                np.testing.assert_allclose(got[0, 0], expected, rtol=1e-5, atol=tiny)
+
+
+def clear_sparsity(p):
+    """One whose threshold lies above the widest gap of the middle of one map: rounding does not move it."""
+    flat = np.sort(p.ravel())
+    low, high = 2 * flat.size // 5, 3 * flat.size // 5
+    rank = low + 2 + int(np.argmax(flat[low + 1 : high] / flat[low : high - 1]))
+    return 1 - (rank + 0.5) / flat.size
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("d", [8, 9, 16, 17, 24, 31, 40, 48, 63, 65, 80, 96, 127, 128, 160, 192, 255, 256])
+def test_head_sizes(rng, isa, dtype, d):
+    for n in (1, 5, 37):
+        q, k, v = qkv(rng, 1, 1, n, d, dtype)
+        full = softmax_map(q, k)
+        for sparsity in (1.0, clear_sparsity(full)) if n > 1 else (1.0, 0.5):
+            out, *scores = _C.attention_with_scores(q, k, v, None, sparsity, isa=isa)
+            p = masked(full, sparsity, "official")
+            np.testing.assert_allclose(out, p @ v.astype(np.float64), rtol=RTOL[dtype], atol=RTOL[dtype])
+            for got, want in rows(scores, p):
+                np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_values_that_are_not_finite_reach_every_row(rng, isa, sparse):
+    """0 times infinity is NaN, as in the definition: a weight below the threshold still multiplies its value."""
+    q, k, v = qkv(rng, 1, 1, 37, 24)
+    v[0, 0, 5, 2] = np.nan
+    v[0, 0, 7, 3] = np.inf
+    v[0, 0, [8, 9], 4] = np.inf, -np.inf
+    v[0, 0, 10] = 1e-42
+    full = softmax_map(q, k)
+    sparsity = clear_sparsity(full) if sparse else 1.0
+    with np.errstate(invalid="ignore"):
+        want = np.einsum("bhij,bhjd->bhid", masked(full, sparsity, "official"), v.astype(np.float64))
+    out = _C.attention_with_scores(q, k, v, None, sparsity, isa=isa)[0]
+    np.testing.assert_allclose(out, want, rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("force_miss", [False, True])
@@ -355,6 +443,7 @@ def test_backward_of_any_strides(rng, isa):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize("threads", [2, 3, 64])
 def test_threads_do_not_change_a_bit(rng, isa, threads):
     q, k, v = qkv(rng, 3, 5, 70, 16)
     x = rng.standard_normal((3, 1 + 36, 300)).astype("float32")
@@ -598,6 +687,23 @@ def test_residual_propagate_norm(rng, isa, dtypes, norm, standard):
     centred = wide - wide.mean(-1, keepdims=True) if norm == "layer" else wide
     want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + (bias if norm == "layer" else 0)
     np.testing.assert_allclose(normed, want, rtol=RTOL[dtype], atol=max(RTOL[dtype], 1e-12))
+
+
+@pytest.mark.parametrize("channels", [4, 1024])  # less than a vector of them, and whole ones
+def test_every_float16(rng, isa, channels):
+    """All 65,536 values plus -0, and plus each other in another order: what is read, rounded, and overflows."""
+    bits = np.arange(2**16, dtype="uint16")
+    x = bits.view("float16").reshape(1, -1, channels)
+    every, none = np.arange(x.shape[1])[None], np.zeros((1, 0), "int64")
+    for other in (np.full_like(x, -0.0), rng.permutation(bits).view("float16").reshape(x.shape)):
+        out, *_ = _C.residual_propagate_norm(
+            x, other, None, None, every, none, norm="none", standard="None", num_prefix=0, isa=isa
+        )
+        with np.errstate(invalid="ignore", over="ignore"):
+            want = (x.astype("float32") + other.astype("float32")).astype("float16")
+        number = ~np.isnan(want)
+        np.testing.assert_array_equal(np.isnan(out), ~number)
+        np.testing.assert_array_equal(out.view("uint16")[number], want.view("uint16")[number])
 
 
 def test_rows_without_an_edge_are_copied(rng, isa):
