@@ -91,7 +91,7 @@ test-triton: build  ## the tests of the ops and of a patched model on the Triton
 SANITIZED = build/sanitize-$(@:sanitize-%=%)
 LIB = $(abspath $(SANITIZED))/lib
 TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
-CONFIGURE = cmake -S . -B $(SANITIZED)/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=OFF \
+CONFIGURE = cmake -S . -B $(SANITIZED)/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=OFF -DGTP_EMULATE_AMX=ON \
   -DGTP_OUTPUT_DIR=$(LIB)/gtp_kernels >/dev/null
 COMPILE = cmake --build $(SANITIZED)/cmake --parallel $${MAX_JOBS:-$(CORES)}
 # Their tables lie at fixed addresses, which some kernels give to the program when they place it at random.
