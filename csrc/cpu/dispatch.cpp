@@ -186,6 +186,9 @@ int64_t graph_capacity(int64_t height, int64_t width, GraphType type, int64_t ne
 }
 
 char* scratch_acquire(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  block.reset();  // nothing of the last call, and no room beyond what is asked for
+#endif
   if (bytes > block.size) {
     block.reset();
     const size_t size = (bytes + 4095) / 4096 * 4096;

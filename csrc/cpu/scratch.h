@@ -7,6 +7,10 @@
 
 #include "kernels.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace gtp {
 
 char* scratch_acquire(size_t bytes);
@@ -24,16 +28,25 @@ class Scratch {
   // What take<T>(count) uses of the block.
   template <class T>
   static GTP_FORCE_INLINE size_t bytes(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kRedZone;
   }
   template <class T>
   GTP_FORCE_INLINE T* take(int64_t count) {
     char* piece = cursor_;
     cursor_ += bytes<T>(count);
+#if defined(__SANITIZE_ADDRESS__)
+    char* end = piece + static_cast<size_t>(count) * sizeof(T);
+    ASAN_POISON_MEMORY_REGION(end, static_cast<size_t>(cursor_ - end));
+#endif
     return reinterpret_cast<T*>(piece);
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kRedZone = 64;
+#else
+  static constexpr size_t kRedZone = 0;
+#endif
   char* cursor_;
 };
 

@@ -143,7 +143,20 @@ void add_attention(std::vector<Case>& cases, DType dtype, int64_t batch, int64_t
     kernels.attention(p, parallel);
     return true;
   };
+  AttentionBackwardParams b;
+  b.attention = p;
+  b.grad_out = random_array(dtype, scores * size).data;
+  contiguous(b.stride_grad_out, heads, tokens, size);
+  Case backward{"backward of " + made.name, {}, {}};
+  b.grad_q = output(backward, scores * size * size_of(dtype)).data;
+  b.grad_k = output(backward, scores * size * size_of(dtype)).data;
+  b.grad_v = output(backward, scores * size * size_of(dtype)).data;
+  backward.run = [b](const Kernels& kernels, const Parallel& parallel, Error&) {
+    kernels.attention_backward(b, parallel);
+    return true;
+  };
   cases.push_back(std::move(made));
+  cases.push_back(std::move(backward));
 }
 
 // What the kernels after the attention share: tokens on a grid, their graph, and who leaves.
@@ -343,6 +356,8 @@ std::vector<Case> cases_of(DType dtype) {
   add_attention(cases, dtype, 1, 3, 197, 64, 0.6, false);
   add_attention(cases, dtype, 1, 1, 515, 16, 0.6, false);
   add_attention(cases, dtype, 3, 2, 5, 9, 0.6, false);
+  // Beyond 1,536 tokens the map is computed again in every sweep.
+  if (dtype == DType::Float32 || dtype == DType::BFloat16) add_attention(cases, dtype, 1, 2, 1540, 8, 0.6, false);
   const Problem problem(dtype);
   for (const GraphType type : {GraphType::Spatial, GraphType::Semantic, GraphType::Mixed}) {
     add_graph(cases, problem, dtype, type);
