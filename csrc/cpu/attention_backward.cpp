@@ -49,7 +49,7 @@ struct Backward {
         ld(columns % (4096 / sizeof(T)) == 0 ? columns + W : columns),
         blocks(tokens > kRows ? tokens / kRows : 1),
         parts((blocks + kPartBlocks - 1) / kPartBlocks),
-        most((blocks < kPartBlocks ? blocks : kPartBlocks) * kRows + kRows - 1),
+        most((blocks + parts - 1) / parts * kRows + kRows - 1),
         in_place(width == size && params.attention.dtype == (sizeof(T) == 4 ? DType::Float32 : DType::Float64)) {
     typename Vec<T>::Int lanes[W];
     for (int64_t i = 0; i < W; ++i) lanes[i] = map.width - W + i < tokens ? -1 : 0;
