@@ -117,7 +117,7 @@ sanitize-address: build
 	@echo "-- AddressSanitizer and UndefinedBehaviorSanitizer: testing"
 	@$(IN_PLACE) $(SANITIZED)/cmake/race
 	@cd $(LIB) && $(IN_PLACE) env $(IN_PYTHON) $(ONE_THREAD) $(PYTEST) -c $(CURDIR)/pyproject.toml \
-	  -o pythonpath=$(LIB) --capture=sys $(SANITIZE_TESTS) \
+	  -o pythonpath=$(LIB) --capture=sys -n $(WORKERS) --dist worksteal $(SANITIZE_TESTS) \
 	  -k "(native and not instruction_set) or (cpu and not (compile or opcheck or grad or offsets_beyond))" $(ARGS)
 
 sanitize-thread: build
