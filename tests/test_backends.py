@@ -48,7 +48,7 @@ def test_the_native_kernel_is_what_the_dispatcher_holds() -> None:
         name = schema.split("(")[0]
         table = torch._C._dispatch_dump(f"gtp_kernels::{name}")
         native_kernel = any(line.startswith("CPU:") for line in table.splitlines())
-        assert native_kernel == (name != "attention_with_scores_backward"), table
+        assert native_kernel, table
 
 
 def test_cpp_and_python_read_one_schema_file() -> None:

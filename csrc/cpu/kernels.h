@@ -84,7 +84,7 @@ struct AttentionParams {
 
 // The gradients of q, k and v from that of out; the map is computed again. With dA = dout v^T where the mask keeps,
 // else 0: grad_v = mask(A)^T dout, dS = A (dA - sum_j A_j dA_j) scale, grad_q = dS k, grad_k = dS^T q; A itself is not
-// masked. token_scales get none. Half types: the map is that of float32 products.
+// masked. token_scales get none. The map, threshold included, is that of the forward on the same instruction set.
 struct AttentionBackwardParams {
   AttentionParams attention;  // its outputs are not used
   const void* grad_out = nullptr;

@@ -34,9 +34,9 @@ if native.missing is not None:
         _library.define(_schema)
 
 
-def implement(name: str, kernel: Callable[..., Any], *, always: bool = False) -> None:
-    """Registers a Python kernel for every device: where there is no native library, or ``always``."""
-    if always or native.missing is not None:
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Registers a Python kernel for every device, where there is no native library."""
+    if native.missing is not None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 

@@ -278,13 +278,21 @@ def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, norm: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the norm's input [B, N, C], weight [C], bias [C] (None where absent); all in the wide type."""
-    centred = x - x.mean(-1, keepdim=True) if norm == "layer" else x
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    unit = centred * inverse
-    inner = grad if weight is None else grad * weight
-    grad_x = inner - unit * (inner * unit).mean(-1, keepdim=True)
     if norm == "layer":
-        grad_x = grad_x - inner.mean(-1, keepdim=True)
+        wide_weight, wide_bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+        _, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], wide_weight, wide_bias, eps)
+        asked = [True, weight is not None, bias is not None]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, inverse, wide_weight, wide_bias, asked
+        )
+        return (
+            grad_x,
+            None if weight is None else grad_weight.to(weight.dtype),
+            None if bias is None else grad_bias.to(bias.dtype),
+        )
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit = x * inverse
+    inner = grad if weight is None else grad * weight
+    grad_x = (inner - unit * (inner * unit).mean(-1, keepdim=True)) * inverse
     grad_weight = None if weight is None else (grad * unit).sum((0, 1)).to(weight.dtype)
-    grad_bias = None if bias is None else grad.sum((0, 1)).to(bias.dtype)
-    return grad_x * inverse, grad_weight, grad_bias
+    return grad_x, grad_weight, None if bias is None else grad.sum((0, 1)).to(bias.dtype)
