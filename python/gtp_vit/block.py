@@ -4,8 +4,7 @@
     summarise   the P least important image tokens leave: X^s = X^k + α Â^p X^p, s^s = s^k + α Â^p s^p  (10, 12)
 
 Nothing is kept on a module: what a block hands to the next one is a :class:`State`, and what it is asked for comes
-as :class:`LayerOptions`. Both are right by construction, so the ops are called without the checks of their arguments,
-a third of their time on the host.
+as :class:`LayerOptions`. Both are right by construction, so the ops are called without the checks of their arguments.
 """
 
 from __future__ import annotations

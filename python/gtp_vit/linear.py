@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gtp_kernels import backends
 
-# FLOPs of a product from which on it is worth the dispatch of these operators, which costs 35 µs more than that of
-# nn.Linear: at 49 million (one image of ViT-S, 165 rows of 384 by 384, float32, one thread) 0.47 against 0.50 ms.
+# FLOPs of a product from which on it is worth the dispatch of these operators, which costs more than nn.Linear's.
 _WORTH = 30_000_000
 
 
