@@ -150,6 +150,43 @@ GTP_INLINE int64_t reduce_count(typename Vec<T>::I v) {
   return sum;
 }
 
+// A set of integers as bits, held in registers: members() tests a vector of them at once.
+#if defined(__AVX512F__)
+constexpr int kSetLanes = 16, kSetWords = 32;
+#elif defined(__AVX2__)
+constexpr int kSetLanes = 8, kSetWords = 8;
+#else
+constexpr int kSetLanes = 0, kSetWords = 0;  // not worth it: the caller looks them up one by one
+#endif
+
+// Bit i of the result: whether the set has index[i], for the first `count` of them, at most kSetLanes. `outside`
+// becomes true where one is not in [0, size), size <= 32 * kSetWords.
+GTP_INLINE uint32_t members(const uint32_t* set, const int32_t* index, int64_t count, int64_t size, bool& outside) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = static_cast<__mmask16>(count < 16 ? (1u << count) - 1 : 0xffffu);
+  const __m512i i = _mm512_maskz_loadu_epi32(lanes, index);
+  outside |= _mm512_mask_cmplt_epu32_mask(lanes, i, _mm512_set1_epi32(static_cast<int32_t>(size))) != lanes;
+  const __m512i words =
+      _mm512_permutex2var_epi32(_mm512_loadu_si512(set), _mm512_srli_epi32(i, 5), _mm512_loadu_si512(set + 16));
+  const __m512i bit = _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_si512(i, _mm512_set1_epi32(31)));
+  return _mm512_mask_test_epi32_mask(lanes, words, bit);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count < 8 ? count : 8)),
+                                           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i i = _mm256_maskload_epi32(index, lanes);
+  const __m256i most = _mm256_set1_epi32(static_cast<int32_t>(size - 1));
+  const __m256i beyond = _mm256_andnot_si256(_mm256_cmpeq_epi32(_mm256_min_epu32(i, most), i), lanes);
+  outside |= size == 0 || !_mm256_testz_si256(beyond, beyond);
+  const __m256i words =
+      _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(set)), _mm256_srli_epi32(i, 5));
+  const __m256i bit = _mm256_sllv_epi32(words, _mm256_andnot_si256(i, _mm256_set1_epi32(31)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_and_si256(bit, lanes))));
+#else
+  (void)set, (void)index, (void)count, (void)size, (void)outside;
+  return 0;
+#endif
+}
+
 // exp(x) for x <= 0, within 2 ulp, subnormal results included; exp(-inf) = 0, exp(NaN) = NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, then 2^n in two steps, so that neither overflows its
 // exponent.
