@@ -127,9 +127,7 @@ def measure_memory_of_attention() -> None:
     print(after - before - sum(t.numel() * t.element_size() for t in (out, *scores)))
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is reset through Linux's /proc")
 def test_attention_of_many_tokens_needs_little_memory() -> None:
     extra = int(in_a_process_of_its_own("measure_memory_of_attention()"))
     assert extra < 64e6, f"{extra / 1e6:.1f} MB"
