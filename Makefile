@@ -94,7 +94,8 @@ TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(*u.find_spec
 CONFIGURE = cmake -S . -B $(SANITIZED)/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=OFF -DGTP_EMULATE_AMX=ON \
   -DGTP_OUTPUT_DIR=$(LIB)/gtp_kernels >/dev/null
 COMPILE = cmake --build $(SANITIZED)/cmake --parallel $${MAX_JOBS:-$(CORES)}
-# Their tables lie at fixed addresses, which some kernels give to the program when they place it at random.
+# Their tables lie at fixed addresses, which some kernels give to the program when they place it at random. Where
+# setarch is missing or refused, the program is placed at random and runs all the same.
 IN_PLACE = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # libasan is loaded before the interpreter, with libstdc++, whose exceptions it intercepts. Fresh memory is NaN. Leaks
 # are not looked for: the interpreter and torch keep what they have until the process ends.
@@ -119,6 +120,10 @@ sanitize-address: build
 	@cd $(LIB) && $(IN_PLACE) env $(IN_PYTHON) $(ONE_THREAD) $(PYTEST) -c $(CURDIR)/pyproject.toml \
 	  -o pythonpath=$(LIB) --capture=sys -n $(WORKERS) --dist worksteal $(SANITIZE_TESTS) \
 	  -k "(native and not instruction_set) or (cpu and not (compile or opcheck or grad or offsets_beyond))" $(ARGS)
+	@echo "-- AMX in emulation"
+	@cd $(LIB) && GTP_KERNELS_ISA=amx_emulated $(IN_PLACE) env $(IN_PYTHON) $(ONE_THREAD) $(PYTEST) \
+	  -c $(CURDIR)/pyproject.toml -o pythonpath=$(LIB) --capture=sys -n $(WORKERS) --dist worksteal \
+	  $(CURDIR)/tests/test_attention.py -k "cpu and not (compile or opcheck)" $(ARGS)
 
 sanitize-thread: build
 	@echo "-- ThreadSanitizer"
