@@ -147,7 +147,7 @@ arm64: build  ## the CPU kernels, compiled for arm64 by clang
 	@for source in csrc/cpu/*.cpp; do \
 	  echo "-- $$source"; \
 	  ZIG_GLOBAL_CACHE_DIR=build/arm64/cache $(BIN)/python -m ziglang c++ -target aarch64-linux-gnu $(CROSS_FLAGS) \
-	    -Icsrc/cpu -c $$source -o build/arm64/$$(basename $$source .cpp).o; \
+	    -Icsrc -Icsrc/cpu -c $$source -o build/arm64/$$(basename $$source .cpp).o; \
 	done
 
 format: build  ## what ruff and clang-format can mend
