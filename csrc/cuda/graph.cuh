@@ -1,13 +1,13 @@
 // build_graph: the 8 grid neighbours, the M most similar tokens, or both, as one CSR per image.
 //
-//   unit_rows   u_i = x_i / max(|x_i|, 1e-12), float32, padded with zeros to whole chunks
-//   nearest     the M largest u_i u_j of every row, n x n products that stay in registers, and how many of them are
-//               not on the grid anyway
-//   row_starts  the degrees and their running sum, one block per image
-//   write_rows  every row sorted, with 1 / sqrt(deg_i deg_j)
+//   unit_rows     u_i = x_i / max(|x_i|, 1e-12) in float32, padded with zeros to whole chunks of channels
+//   nearest_rows  the M largest u_i u_j of every row, the products never leaving registers, and how many of the M are
+//                 not neighbours on the grid anyway
+//   row_starts    the degrees and their running sum, one block per image
+//   write_rows    every row sorted, with 1 / sqrt(deg_i deg_j)
 //
-// n^2 C multiply-adds per image. unit_rows writes 4 C bytes per token, less than an MLP's hidden layer will hold later;
-// nearest reads 768 of these bytes (from the second cache) for 8,192 multiply-adds of a block.
+// n^2 C multiply-adds per image. The u take 4 C bytes per token, no more than the hidden layer of an MLP in half
+// precision, before there is any. A block of nearest_rows copies 768 bytes per channel for 8,192 multiply-adds.
 #pragma once
 
 #include <math.h>
@@ -16,19 +16,20 @@
 
 namespace gtp {
 namespace cuda {
+namespace graph {
 
-struct GraphTask {
-  GraphParams graph;
+struct Task {
+  GraphParams params;
   int32_t count = 0;           // n = height * width
   int32_t padded = 0;          // channels, up to whole chunks
   int32_t listed = 0;          // M, or 0 where no similarity is asked for
-  int32_t tiles = 0;           // blocks of an image in nearest
+  int32_t tiles = 0;           // blocks of an image in nearest_rows
   float* unit = nullptr;       // [B, n, padded]
   int32_t* nearest = nullptr;  // [B, n, M], by falling similarity
 };
 
-constexpr int kGraphThreads = 256;
-constexpr int kGraphWarps = kGraphThreads / kLanes;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kLanes;
 // Columns and channels of a tile; each warp owns kOwnRows rows of it, and lane l the columns l + 32 q.
 constexpr int kTileColumns = 128;
 constexpr int kChunk = 16;
@@ -38,11 +39,10 @@ constexpr int kOwnColumns = kTileColumns / kLanes;
 constexpr int kTileStride = kChunk + 4;
 constexpr int kPieces = kChunk / 4;
 
-// What `warps` warps of nearest share: two stages of tiles, the best so far and the bound of each row.
-constexpr int64_t kStageRows = kTileColumns;
+// Bytes that a block of nearest_rows shares: two stages of tiles, the best so far and the bound of each row.
 GTP_FORCE_INLINE int64_t nearest_shared(int64_t warps, int64_t slots) {
   const int64_t rows = warps * kOwnRows;
-  return 2 * (rows + kStageRows) * kTileStride * 4 + rows * (slots * kLanes + 1) * 8;
+  return 2 * (rows + kTileColumns) * kTileStride * 4 + rows * (slots * kLanes + 1) * 8;
 }
 
 struct alignas(16) FourFloats {
@@ -61,10 +61,10 @@ GTP_DEVICE float element(const Float16* x) {
 
 // One warp per row. A norm that overflows makes zeros of finite values and NaN of others, as in the definition.
 template <class T>
-GTP_GLOBAL(kGraphThreads, 4)
-unit_rows(GTP_CONSTANT GraphTask task) {
-  const GraphParams& p = task.graph;
-  const int64_t row = int64_t{blockIdx.x} * kGraphWarps + warp_id();
+GTP_GLOBAL(kThreads, 4)
+unit_rows(GTP_CONSTANT Task task) {
+  const GraphParams& p = task.params;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp_id();
   if (row >= p.batch * task.count) return;
   const T* const x =
       static_cast<const T*>(p.x.data) + row / task.count * p.x.stride_b + (p.prefix + row % task.count) * p.x.stride_n;
@@ -123,8 +123,8 @@ GTP_DEVICE bool adjacent(int i, int j, int width) {
 // not on the grid too. Every product is summed over the channels in order by one lane: equal rows of x give equal
 // similarities, wherever they stand.
 template <int kSlots>
-GTP_GLOBAL(kGraphThreads, 2)
-nearest_rows(GTP_CONSTANT GraphTask task) {
+GTP_GLOBAL(kThreads, 2)
+nearest_rows(GTP_CONSTANT Task task) {
   constexpr int kFound = kSlots * kLanes;
   GTP_SHARED(shared);
   const int warps = static_cast<int>(blockDim.x) / kLanes, rows = warps * kOwnRows;
@@ -134,7 +134,7 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
   uint64_t* const lists = reinterpret_cast<uint64_t*>(tiles + 2 * stage_floats) + warp_id() * kOwnRows * kFound;
   uint64_t* const bounds = reinterpret_cast<uint64_t*>(tiles + 2 * stage_floats) + rows * kFound + warp_id() * kOwnRows;
 
-  const GraphParams& p = task.graph;
+  const GraphParams& p = task.params;
   const int n = task.count, lane = lane_id();
   const int64_t image = blockIdx.x / static_cast<unsigned>(task.tiles);
   const int block_row = static_cast<int>(blockIdx.x % static_cast<unsigned>(task.tiles)) * rows;
@@ -142,11 +142,11 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
   const float* const unit = task.unit + image * n * task.padded;
   int32_t* const degree = p.indptr + image * (n + 1) + 1;
   const int chunks = task.padded / kChunk;
-  const int column_tiles = (n + kTileColumns - 1) / kTileColumns;
 
   // blockDim.x / kPieces rows at once: first those of the block, then the columns.
   const auto fetch = [&](int tile, int chunk, int stage) {
     const int piece = static_cast<int>(threadIdx.x) % kPieces * 4;
+    GTP_NO_UNROLL
     for (int r = static_cast<int>(threadIdx.x) / kPieces; r < rows + kTileColumns; r += rows) {
       const int token = r < rows ? block_row + r : tile * kTileColumns + r - rows;
       const bool valid = token < n;
@@ -170,33 +170,36 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
     fetch(0, 0, 0);
     int stage = 0;
     GTP_NO_UNROLL
-    for (int tile = 0; tile < column_tiles; ++tile) {
+    for (int tile = 0; tile * kTileColumns < n; ++tile) {
       float sums[kOwnRows][kOwnColumns] = {};
       GTP_NO_UNROLL
       for (int chunk = 0; chunk < chunks; ++chunk, stage ^= 1) {
         wait_copies<0>();
         sync_block();  // this stage has come, and the other one has been read
-        if (chunk + 1 < chunks) {
-          fetch(tile, chunk + 1, stage ^ 1);
-        } else if (tile + 1 < column_tiles) {
-          fetch(tile + 1, 0, stage ^ 1);
+        const bool same_tile = chunk + 1 < chunks;
+        if (same_tile || (tile + 1) * kTileColumns < n) {
+          fetch(same_tile ? tile : tile + 1, same_tile ? chunk + 1 : 0, stage ^ 1);
         }
         const float* const left = tiles + stage * stage_floats + warp_id() * kOwnRows * kTileStride;
         const float* const right = tiles + stage * stage_floats + (rows + lane) * kTileStride;
-        GTP_UNROLL
-        for (int c = 0; c < kChunk; c += 4) {
-          FourFloats b[kOwnColumns];
+        // In halves: unrolled as a whole, it spills on sm_120.
+        GTP_NO_UNROLL
+        for (int half = 0; half < kChunk; half += kChunk / 2) {
           GTP_UNROLL
-          for (int q = 0; q < kOwnColumns; ++q) {
-            b[q] = *reinterpret_cast<const FourFloats*>(right + q * kLanes * kTileStride + c);
-          }
-          GTP_UNROLL
-          for (int r = 0; r < kOwnRows; ++r) {
-            const FourFloats a = *reinterpret_cast<const FourFloats*>(left + r * kTileStride + c);
+          for (int c = half; c < half + kChunk / 2; c += 4) {
+            FourFloats b[kOwnColumns];
             GTP_UNROLL
-            for (int k = 0; k < 4; ++k) {
+            for (int q = 0; q < kOwnColumns; ++q) {
+              b[q] = *reinterpret_cast<const FourFloats*>(right + q * kLanes * kTileStride + c);
+            }
+            GTP_UNROLL
+            for (int r = 0; r < kOwnRows; ++r) {
+              const FourFloats a = *reinterpret_cast<const FourFloats*>(left + r * kTileStride + c);
               GTP_UNROLL
-              for (int q = 0; q < kOwnColumns; ++q) sums[r][q] = fmaf(a.v[k], b[q].v[k], sums[r][q]);
+              for (int k = 0; k < 4; ++k) {
+                GTP_UNROLL
+                for (int q = 0; q < kOwnColumns; ++q) sums[r][q] = fmaf(a.v[k], b[q].v[k], sums[r][q]);
+              }
             }
           }
         }
@@ -205,9 +208,10 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
       GTP_UNROLL
       for (int r = 0; r < kOwnRows; ++r) {
         if (own_row + r < n) {
+          uint64_t* const list = lists + r * kFound + lane;
           uint64_t best[kSlots];
           GTP_UNROLL
-          for (int s = 0; s < kSlots; ++s) best[s] = lists[r * kFound + s * kLanes + lane];
+          for (int s = 0; s < kSlots; ++s) best[s] = list[s * kLanes];
           uint64_t worst = place_of(best, wanted - 1);
           const uint64_t bound = bounds[r];
           GTP_UNROLL
@@ -225,7 +229,7 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
             }
           }
           GTP_UNROLL
-          for (int s = 0; s < kSlots; ++s) lists[r * kFound + s * kLanes + lane] = best[s];
+          for (int s = 0; s < kSlots; ++s) list[s * kLanes] = best[s];
         }
       }
     }
@@ -258,16 +262,16 @@ nearest_rows(GTP_CONSTANT GraphTask task) {
 }
 
 // One block per image: indptr, in place over the counts of nearest_rows.
-GTP_GLOBAL(kGraphThreads, 4)
-row_starts(GTP_CONSTANT GraphTask task) {
+GTP_GLOBAL(kThreads, 4)
+row_starts(GTP_CONSTANT Task task) {
   GTP_SHARED(shared);
   int* const of_warps = reinterpret_cast<int*>(shared);
-  const GraphParams& p = task.graph;
+  const GraphParams& p = task.params;
   const int n = task.count, height = static_cast<int>(p.height), width = static_cast<int>(p.width);
   int32_t* const indptr = p.indptr + int64_t{blockIdx.x} * (n + 1);
   if (threadIdx.x == 0) indptr[0] = 0;
   int edges = 0;
-  for (int i0 = 0; i0 < n; i0 += kGraphThreads) {
+  for (int i0 = 0; i0 < n; i0 += kThreads) {
     const int i = i0 + static_cast<int>(threadIdx.x);
     int degree = 0;
     if (i < n) {
@@ -281,7 +285,7 @@ row_starts(GTP_CONSTANT GraphTask task) {
     if (lane_id() == kLanes - 1) of_warps[warp_id()] = sum;
     sync_block();
     int before = 0, all = 0;
-    for (int w = 0; w < kGraphWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) {
       before += w < warp_id() ? of_warps[w] : 0;
       all += of_warps[w];
     }
@@ -294,8 +298,8 @@ row_starts(GTP_CONSTANT GraphTask task) {
 // The columns of row i in no order, each once: its M semantic neighbours, less those on the grid where that comes too,
 // then the places of a 3 x 3 window without its centre. kNoColumn where there is none, and beyond the last.
 constexpr int kNoColumn = 0x7fffffff;
-GTP_DEVICE int column_at(const GraphTask& task, const int32_t* nearest, int i, int t) {
-  const GraphParams& p = task.graph;
+GTP_DEVICE int column_at(const Task& task, const int32_t* nearest, int i, int t) {
+  const GraphParams& p = task.params;
   const bool on_grid = p.type != GraphType::Semantic;
   const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
   if (t < task.listed) {
@@ -310,18 +314,18 @@ GTP_DEVICE int column_at(const GraphTask& task, const int32_t* nearest, int i, i
 }
 
 // One warp per row; the place of a column within it by counting, (M + 8)^2 comparisons. Zeros beyond the last row.
-GTP_GLOBAL(kGraphThreads, 4)
-write_rows(GTP_CONSTANT GraphTask task) {
-  const GraphParams& p = task.graph;
+GTP_GLOBAL(kThreads, 4)
+write_rows(GTP_CONSTANT Task task) {
+  const GraphParams& p = task.params;
   const int n = task.count;
-  const unsigned blocks = static_cast<unsigned>((n + kGraphWarps - 1) / kGraphWarps);
+  const unsigned blocks = static_cast<unsigned>((n + kWarps - 1) / kWarps);
   const int64_t image = blockIdx.x / blocks;
-  const int part = static_cast<int>(blockIdx.x % blocks), i = part * kGraphWarps + warp_id();
+  const int part = static_cast<int>(blockIdx.x % blocks), i = part * kWarps + warp_id();
   const int32_t* const indptr = p.indptr + image * (n + 1);
   int32_t* const indices = p.indices + image * p.capacity;
   float* const values = p.values + image * p.capacity;
-  for (int64_t e = int64_t{indptr[n]} + part * kGraphThreads + threadIdx.x; e < p.capacity;
-       e += int64_t{blocks} * kGraphThreads) {
+  for (int64_t e = int64_t{indptr[n]} + part * kThreads + threadIdx.x; e < p.capacity;
+       e += int64_t{blocks} * kThreads) {
     indices[e] = 0;
     values[e] = 0.0f;
   }
@@ -346,5 +350,6 @@ write_rows(GTP_CONSTANT GraphTask task) {
   }
 }
 
+}  // namespace graph
 }  // namespace cuda
 }  // namespace gtp
