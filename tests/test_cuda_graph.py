@@ -183,6 +183,22 @@ def test_equal_rows_are_equally_similar(build: Build) -> None:
         assert row == same[:5]
 
 
+def test_zeros_of_either_sign_tie(build: Build) -> None:
+    # The product of the first two rows underflows to -0 in the last channel of a chunk; that of rows 0 and 2 is 0.
+    x = torch.zeros(1, 4, 16)
+    x[0, [0, 1, 2, 3], [0, 1, 2, 0]] = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    x[0, :2, 15] = torch.tensor([1e-25, -1e-25])
+    assert build(x, (2, 2), "Semantic", 1, 0, "paper").indices[0, 0] == 1
+
+
+def test_sweeps_do_not_overtake_each_other(build: Build) -> None:
+    # An odd number of chunks: the second sweep fetches where the first one reads last.
+    x = embedded(1, 120, 48)
+    for neighbours in (65, 119):
+        arguments = ((10, 12), "Semantic", neighbours, 0, "paper")
+        equal(build(x, *arguments), reference.build_graph(x.double(), *arguments))
+
+
 @pytest.mark.parametrize("neighbours", [3, 6])
 def test_zero_nan_and_infinite_rows(build: Build, neighbours: int) -> None:
     x = embedded(1, 9, 6)
