@@ -72,9 +72,7 @@ StepLayout lay_out(const PropagateParams& p, int chunks, bool table, int64_t sel
 // Blocks that work on one image: one row per warp, more where that leaves every multiprocessor its eight blocks.
 void divide(StepParams& params, const Machine& m) {
   const int64_t rows = params.step.rows_out();
-  const auto blocks = [&](int64_t per_warp) {
-    return (rows + kStepWarps * per_warp - 1) / (kStepWarps * per_warp);
-  };
+  const auto blocks = [&](int64_t per_warp) { return (rows + kStepWarps * per_warp - 1) / (kStepWarps * per_warp); };
   int64_t per_warp = 1;
   while (per_warp < 8 && params.step.batch * blocks(2 * per_warp) >= 8 * m.multiprocessors) per_warp *= 2;
   params.rows_per_block = kStepWarps * per_warp;

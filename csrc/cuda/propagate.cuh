@@ -1,11 +1,11 @@
 // propagate, and residual + selection + propagate + norm, in one launch.
 //
-//   y = x, or x + layer_scale * branch.  x_out = the prefix rows of y, then y_i + alpha sum_j values_ij y_j for each kept
-//   i; rounded once, then normed = norm(x_out) reads the rounded values
+//   y = x, or x + layer_scale * branch.  x_out = the prefix rows of y, then y_i + alpha sum_j values_ij y_j for each
+//   kept i; rounded once, then normed = norm(x_out) reads the rounded values
 //
-// One warp computes a row whole, with its values in registers; a block works on some rows of one image. Each block makes
-// a table in shared memory of the row of x that leaves for every original token, so that 32 edges are tested at a time;
-// those that count are walked in CSR order, and the y of a leaver is computed again for each.
+// One warp computes a row whole, with its values in registers; a block works on some rows of one image. Each block
+// makes a table in shared memory of the row of x that leaves for every original token, so that 32 edges are tested at a
+// time; those that count are walked in CSR order, and the y of a leaver is computed again for each.
 //
 // Bound by memory. Moved per output row, with s the size of an element and C channels: x and branch 2 C s read, x_out
 // and normed 2 C s written, 2 C s more from cache per edge that counts; 8 bytes per edge of the row, and 2 C FLOPs per
@@ -75,7 +75,8 @@ struct SelectedIndices {
   }
 };
 
-// --- values in memory -------------------------------------------------------------------------------------------------
+// --- values in memory
+// -------------------------------------------------------------------------------------------------
 
 struct alignas(16) [[gnu::may_alias]] FourWords {
   uint32_t word[4];
@@ -165,7 +166,8 @@ struct Image {
   }
 };
 
-// --- one block --------------------------------------------------------------------------------------------------------
+// --- one block
+// --------------------------------------------------------------------------------------------------------
 
 // The rows that are added to a row, and lane by lane the first 32 of them: what the edges begin .. end lead to, or for
 // the mean the leavers begin .. end.
@@ -279,8 +281,7 @@ struct StepBlock {
         n = leaver_of(sources.column);
       }
       if (n >= 0 && p.token_scales.data) {
-        moved += (sources.mean ? 1 : static_cast<double>(sources.value)) *
-                 load_scale(p.token_scales, b * p.tokens + n);
+        moved += (sources.mean ? 1 : static_cast<double>(sources.value)) * load_scale(p.token_scales, b * p.tokens + n);
       }
       const float factor = sources.mean ? 1.f : alpha * sources.value;
       unsigned hits = ballot(n >= 0);
@@ -308,7 +309,8 @@ struct StepBlock {
   }
 };
 
-// --- rows in registers ------------------------------------------------------------------------------------------------
+// --- rows in registers
+// ------------------------------------------------------------------------------------------------
 
 // Up to 128 * kChunks channels, a multiple of 4; every row of x, branch, x_out and normed begins at a multiple of 4
 // elements. Value i of chunk k of a lane is channel 128 k + 4 lane + i.
@@ -377,14 +379,14 @@ struct RegisterRows {
   }
 
   GTP_DEVICE void begin() {
-    each([&](int k, const float(&value)[4]) {
+    each([&](int k, const float (&value)[4]) {
       GTP_UNROLL
       for (int i = 0; i < 4; ++i) y[k][i] = value[i];
     });
   }
   GTP_DEVICE void add(int64_t n, float factor) {
     load(n);
-    each([&](int k, const float(&value)[4]) {
+    each([&](int k, const float (&value)[4]) {
       GTP_UNROLL
       for (int i = 0; i < 4; ++i) y[k][i] += factor * value[i];
     });
@@ -504,7 +506,8 @@ struct RegisterRows {
   }
 };
 
-// --- rows of any length and alignment ---------------------------------------------------------------------------------
+// --- rows of any length and alignment
+// ---------------------------------------------------------------------------------
 
 // Value i of a lane is channel 32 i + lane of a slab of 128; the edges are walked once per slab, and the norm reads
 // x_out again, each lane what it wrote itself.
@@ -625,11 +628,15 @@ GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int64_
 
 // Blocks that a multiprocessor holds at once, by their registers.
 template <int kChunks>
-constexpr int kBlocks = kChunks <= 4 ? 4 : kChunks <= 6 ? 3 : kChunks <= 8 ? 2 : 1;
+constexpr int kBlocks = kChunks <= 4   ? 4
+                        : kChunks <= 6 ? 3
+                        : kChunks <= 8 ? 2
+                                       : 1;
 
 // grid: images x blocks_per_image.
 template <class T, int kChunks>
-GTP_GLOBAL(kStepThreads, kBlocks<kChunks>) propagate_kernel(GTP_CONSTANT StepParams params) {
+GTP_GLOBAL(kStepThreads, kBlocks<kChunks>)
+propagate_kernel(GTP_CONSTANT StepParams params) {
   GTP_SHARED(shared);
   const PropagateParams& p = params.step;
   const int64_t image = blockIdx.x / params.blocks_per_image, part = blockIdx.x % params.blocks_per_image;
@@ -639,7 +646,8 @@ GTP_GLOBAL(kStepThreads, kBlocks<kChunks>) propagate_kernel(GTP_CONSTANT StepPar
 
 // The same, every block of an image choosing the tokens anew; the first one writes them down.
 template <class T, int kChunks>
-GTP_GLOBAL(kStepThreads, kBlocks<kChunks>) select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
+GTP_GLOBAL(kStepThreads, kBlocks<kChunks>)
+select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
   GTP_SHARED(shared);
   const PropagateParams& p = params.step;
   const int64_t image = blockIdx.x / params.blocks_per_image, part = blockIdx.x % params.blocks_per_image;

@@ -3,9 +3,9 @@
 //   importance_i = max or mean over heads of diag, of colsum or of cls_row; or the product or the sum of the first two
 //   before(j, i) = importance_j > importance_i, or the two are equal and j < i;  rank_i = #{j before i}
 //
-// The tokens of rank `kept` and beyond leave: no sort, and ranks that are counted do not depend on the run. NaN is below
-// -inf, -0 equals 0. n^2 comparisons an image; where only who leaves is asked for and n is large, a bisection of the
-// value that separates the two, n comparisons per bit.
+// The tokens of rank `kept` and beyond leave: no sort, and ranks that are counted do not depend on the run. NaN is
+// below -inf, -0 equals 0. n^2 comparisons an image; where only who leaves is asked for and n is large, a bisection of
+// the value that separates the two, n comparisons per bit.
 #pragma once
 
 #include "cuda/kernels.h"
