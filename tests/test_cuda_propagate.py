@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,7 +64,7 @@ Step = structure(
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cuda")
     options = ["-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-DGTP_EMULATE_CUDA"]
     include = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests" / "native")]
@@ -79,7 +79,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     loaded = ctypes.CDLL(str(target))
     for name in ("token_importance", "select_tokens", "propagate", "select_propagate"):
         getattr(loaded, f"shim_{name}").restype = ctypes.c_char_p
-    yield loaded
+    return loaded
 
 
 @pytest.fixture(params=[1, 2])
@@ -431,17 +431,41 @@ def test_a_row_without_an_edge_is_copied_bit_for_bit(library: ctypes.CDLL, dtype
         assert torch.equal(out.view(integer), expected)
 
 
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy that begins or ends where a page does, beside a page that nobody may touch."""
+    size, page = tensor.numel() * tensor.itemsize, mmap.PAGESIZE
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for at in (start, start + page + whole):
+        assert ctypes.CDLL(None).mprotect(POINTER(at), ctypes.c_size_t(page), 0) == 0
+    offset = page + (whole - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 @pytest.mark.parametrize("channels", [24, 25])
-def test_bad_values_read_nothing_outside(library: ctypes.CDLL, channels: int) -> None:
+@pytest.mark.parametrize("at_end", [False, True])
+def test_bad_values_read_nothing_outside(library: ctypes.CDLL, channels: int, at_end: bool) -> None:
     x, graph, kept, prop, scales = case(channels=channels)
+    x, kept, prop, scales = (guarded(tensor, at_end) for tensor in (x, kept, prop, scales))
+    names = ("indptr", "indices", "values", "token")
+    arrays = {name: guarded(getattr(graph, name), at_end) for name in names}
     largest = torch.iinfo(torch.int32).max
-    for value in (-1, largest, -largest - 1, 1 << 20):
+    capacity, origins = graph.indices.shape[1], graph.indptr.shape[1] - 1
+    for value in (-1, largest, -largest - 1, 1 << 20, origins, capacity - 1, capacity + 1):
         for name in ("indptr", "indices", "token"):
-            arrays = {key: getattr(graph, key).clone() for key in ("indptr", "indices", "values", "token")}
+            before = arrays[name].clone()
             arrays[name][:, ::3] = value
             step(library, x, TokenGraph(**arrays), kept, prop, token_scales=scales)
-    for wrong in (-1, 0, 1 << 40, -(1 << 62)):
-        step(library, x, graph, torch.full_like(kept, wrong), torch.full_like(prop, wrong), token_scales=scales)
+            arrays[name].copy_(before)
+    for index in (kept, prop):
+        before = index.clone()
+        for wrong in (-1, 0, 36, 1 << 40, -(1 << 62)):
+            index.fill_(wrong)
+            for standard in checks.PROPAGATIONS:
+                step(library, x, TokenGraph(**arrays), kept, prop, token_scales=scales, standard=standard)
+        index.copy_(before)
 
 
 def test_what_is_refused(library: ctypes.CDLL) -> None:

@@ -20,7 +20,7 @@
 namespace gtp {
 namespace cuda {
 
-constexpr int kStepWarps = 8;
+constexpr int kStepWarps = 4;
 constexpr int kStepThreads = kStepWarps * kLanes;
 constexpr uint16_t kStays = 0xffff;  // in the table of leavers
 
@@ -36,8 +36,7 @@ struct StepParams {
   PropagateParams step;
   StepLayout layout;
   bool table = false;  // the table of leavers fits; without it each edge is compared with all of them
-  uint32_t blocks_per_image = 1;
-  int64_t rows_per_block = 1;
+  int blocks_per_image = 1, rows_per_block = 1;
 };
 
 struct SelectStepParams : StepParams {
@@ -49,34 +48,31 @@ struct SelectStepParams : StepParams {
 // The rows of x that stay and leave. A bad index becomes a valid one.
 struct GivenIndices {
   const int64_t *index_kept, *index_prop;  // of the image
-  int64_t prefix, tokens;
+  int prefix, tokens;
 
-  GTP_DEVICE int64_t clamp(int64_t n) const {
+  GTP_DEVICE int clamp(int64_t n) const {
     n = n < prefix ? prefix : n;
-    return n < tokens ? n : tokens - 1;
+    return static_cast<int>(n < tokens ? n : tokens - 1);
   }
-  GTP_DEVICE int64_t kept(int64_t k) const {
+  GTP_DEVICE int kept(int k) const {
     return clamp(index_kept[k]);
   }
-  GTP_DEVICE int64_t leaver(int64_t j) const {
+  GTP_DEVICE int leaver(int j) const {
     return clamp(index_prop[j]);
   }
 };
 
 struct SelectedIndices {
   const int* order;  // shared memory: the image tokens that stay, then those that leave
-  int64_t count_kept, prefix;
+  int count_kept, prefix;
 
-  GTP_DEVICE int64_t kept(int64_t k) const {
+  GTP_DEVICE int kept(int k) const {
     return prefix + order[k];
   }
-  GTP_DEVICE int64_t leaver(int64_t j) const {
+  GTP_DEVICE int leaver(int j) const {
     return prefix + order[count_kept + j];
   }
 };
-
-// --- values in memory
-// -------------------------------------------------------------------------------------------------
 
 struct alignas(16) [[gnu::may_alias]] FourWords {
   uint32_t word[4];
@@ -89,11 +85,11 @@ struct alignas(8) [[gnu::may_alias]] TwoWords {
 // other type; where it is of a half type, they are of that type.
 template <class T>
 struct Four {
-  uint32_t word[2] = {0, 0};
+  uint32_t word[2];
 };
 template <>
 struct Four<float> {
-  uint32_t word[4] = {0, 0, 0, 0};
+  uint32_t word[4];
 };
 
 template <class T>
@@ -166,13 +162,10 @@ struct Image {
   }
 };
 
-// --- one block
-// --------------------------------------------------------------------------------------------------------
-
 // The rows that are added to a row, and lane by lane the first 32 of them: what the edges begin .. end lead to, or for
 // the mean the leavers begin .. end.
 struct Sources {
-  int64_t begin = 0, end = 0;
+  int begin = 0, end = 0;
   bool mean = false;
   int column = -1;
   float value = 0;
@@ -183,16 +176,17 @@ struct StepBlock {
   const StepParams& params;
   const PropagateParams& p;
   unsigned char* const shared;
-  const int64_t b;
+  const int b, prefix;
   const Indices indices;
   const Image x, branch;
   const bool graph, walks;
 
-  GTP_DEVICE StepBlock(const StepParams& step, unsigned char* memory, int64_t image, const Indices& chosen)
+  GTP_DEVICE StepBlock(const StepParams& step, unsigned char* memory, int image, const Indices& chosen)
       : params(step),
         p(step.step),
         shared(memory),
         b(image),
+        prefix(static_cast<int>(p.prefix)),
         indices(chosen),
         x(p.x, image),
         branch(p.branch, image),
@@ -205,15 +199,15 @@ struct StepBlock {
   GTP_DEVICE uint16_t* table() const {
     return reinterpret_cast<uint16_t*>(shared + params.layout.leaver);
   }
-  GTP_DEVICE bool is_mean(int64_t r) const {
-    return r == p.prefix + p.kept;
+  GTP_DEVICE bool is_mean(int r) const {
+    return r == prefix + static_cast<int>(p.kept);
   }
   // The row of x behind row r of x_out; of the mean, the first row that it is the mean of.
-  GTP_DEVICE int64_t source_of(int64_t r) const {
-    return r < p.prefix ? r : is_mean(r) ? indices.leaver(0) : indices.kept(r - p.prefix);
+  GTP_DEVICE int source_of(int r) const {
+    return r < prefix ? r : is_mean(r) ? indices.leaver(0) : indices.kept(r - prefix);
   }
-  GTP_DEVICE int token_of(int64_t n) const {
-    return p.graph.token[b * (p.tokens - p.prefix) + n - p.prefix];
+  GTP_DEVICE int token_of(int n) const {
+    return p.graph.token[b * (p.tokens - p.prefix) + n - prefix];
   }
 
   // An empty table; the leavers are entered after sync_block, for all to see after the next.
@@ -227,8 +221,8 @@ struct StepBlock {
   }
   GTP_DEVICE void enter_leavers() const {
     if (!walks || !params.table) return;
-    for (int64_t j = threadIdx.x; j < p.prop; j += kStepThreads) {
-      const int64_t n = indices.leaver(j);
+    for (int j = static_cast<int>(threadIdx.x); j < p.prop; j += kStepThreads) {
+      const int n = indices.leaver(j);
       const int token = token_of(n);
       if (token >= 0 && token < p.graph.origins) table()[token] = static_cast<uint16_t>(n);
     }
@@ -238,29 +232,30 @@ struct StepBlock {
   GTP_DEVICE int leaver_of(int column) const {
     if (column < 0 || column >= p.graph.origins) return -1;
     if (params.table) return table()[column] == kStays ? -1 : table()[column];
-    for (int64_t j = p.prop - 1; j >= 0; --j) {
-      const int64_t n = indices.leaver(j);
-      if (token_of(n) == column) return static_cast<int>(n);
+    for (int j = static_cast<int>(p.prop) - 1; j >= 0; --j) {
+      const int n = indices.leaver(j);
+      if (token_of(n) == column) return n;
     }
     return -1;
   }
 
-  GTP_DEVICE void load_batch(Sources& sources, int64_t e) const {
+  GTP_DEVICE void load_batch(Sources& sources, int e) const {
     sources.column = -1;
     if (sources.mean || e + lane_id() >= sources.end) return;
     sources.column = p.graph.indices[b * p.graph.capacity + e + lane_id()];
     sources.value = p.graph.values[b * p.graph.capacity + e + lane_id()];
   }
-  GTP_DEVICE Sources sources_of(int64_t r, int token) const {
+  GTP_DEVICE Sources sources_of(int r, int token) const {
     Sources sources;
     if (is_mean(r)) {
       sources.mean = true;
       sources.begin = 1;
-      sources.end = p.prop;
-    } else if (walks && r >= p.prefix && token >= 0 && token < p.graph.origins) {
+      sources.end = static_cast<int>(p.prop);
+    } else if (walks && r >= prefix && token >= 0 && token < p.graph.origins) {
       const int* const row = p.graph.indptr + b * (p.graph.origins + 1) + token;
-      sources.begin = row[0] > 0 ? row[0] : 0;
-      sources.end = row[1] < p.graph.capacity ? row[1] : p.graph.capacity;
+      const int capacity = static_cast<int>(p.graph.capacity);
+      sources.begin = row[0] < 0 ? 0 : row[0] < capacity ? row[0] : capacity;
+      sources.end = row[1] < capacity ? row[1] : capacity;
       load_batch(sources, sources.begin);
     }
     return sources;
@@ -272,11 +267,11 @@ struct StepBlock {
   GTP_DEVICE int walk(Sources sources, double& moved, Add add) const {
     const float alpha = static_cast<float>(p.alpha);
     int count = 0;
-    for (int64_t e = sources.begin; e < sources.end; e += kLanes) {
+    for (int e = sources.begin; e < sources.end; e += kLanes) {
       if (e > sources.begin) load_batch(sources, e);
       int n = -1;
       if (sources.mean) {
-        if (e + lane_id() < sources.end) n = static_cast<int>(indices.leaver(e + lane_id()));
+        if (e + lane_id() < sources.end) n = indices.leaver(e + lane_id());
       } else {
         n = leaver_of(sources.column);
       }
@@ -295,7 +290,7 @@ struct StepBlock {
   }
 
   // What a row has beside its channels: its token scale and its original token.
-  GTP_DEVICE void write_rest(int64_t r, int64_t n, int token, int count, double moved) const {
+  GTP_DEVICE void write_rest(int r, int n, int token, int count, double moved) const {
     if (p.token_scales.data) {
       double scale = load_scale(p.token_scales, b * p.tokens + n);
       if (count > 0) scale += (is_mean(r) ? 1 : p.alpha) * sum_lanes(moved);
@@ -305,15 +300,12 @@ struct StepBlock {
         static_cast<float*>(p.scales_out)[at] = static_cast<float>(scale);
       }
     }
-    if (graph && r >= p.prefix && lane_id() == 0) p.token_out[b * p.kept + r - p.prefix] = token;
+    if (graph && r >= prefix && lane_id() == 0) p.token_out[b * p.kept + r - prefix] = token;
   }
 };
 
-// --- rows in registers
-// ------------------------------------------------------------------------------------------------
-
-// Up to 128 * kChunks channels, a multiple of 4; every row of x, branch, x_out and normed begins at a multiple of 4
-// elements. Value i of chunk k of a lane is channel 128 k + 4 lane + i.
+// Rows in registers: up to 128 * kChunks channels, a multiple of 4; every row of x, branch, x_out and normed begins at
+// a multiple of 4 elements. Value i of chunk k of a lane is channel 128 k + 4 lane + i.
 template <class T, int kChunks, class Indices>
 struct RegisterRows {
   const StepBlock<Indices>& block;
@@ -329,7 +321,7 @@ struct RegisterRows {
     return 4 * (lane_id() + kLanes * chunk);
   }
 
-  GTP_DEVICE void load(Four<T> (&target)[kChunks], const Image& image, int64_t n) const {
+  GTP_DEVICE void load(Four<T> (&target)[kChunks], const Image& image, int n) const {
     const int64_t at = n * image.stride_n;
     if constexpr (kIsFloat<T>) {
       if (image.dtype == DType::Float32) {
@@ -353,7 +345,7 @@ struct RegisterRows {
       target[k].word[1] = two.word[1];
     }
   }
-  GTP_DEVICE void load(int64_t n) {
+  GTP_DEVICE void load(int n) {
     load(x, block.x, n);
     if (block.branch.data) load(branch, block.branch, n);
   }
@@ -384,7 +376,7 @@ struct RegisterRows {
       for (int i = 0; i < 4; ++i) y[k][i] = value[i];
     });
   }
-  GTP_DEVICE void add(int64_t n, float factor) {
+  GTP_DEVICE void add(int n, float factor) {
     load(n);
     each([&](int k, const float (&value)[4]) {
       GTP_UNROLL
@@ -414,7 +406,7 @@ struct RegisterRows {
     }
   }
   // Row n of x as it is: a NaN keeps its bits.
-  GTP_DEVICE void copy(int64_t n, int64_t row) {
+  GTP_DEVICE void copy(int n, int64_t row) {
     load(x, block.x, n);
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
@@ -472,14 +464,13 @@ struct RegisterRows {
   }
 
   // Rows first .. last of the image. What a row needs is on its way before the barrier behind which the table is ready.
-  GTP_DEVICE void run(int64_t first, int64_t last) {
-    int64_t r = first + warp_id(), n = 0;
-    int token = 0;
+  GTP_DEVICE void run(int first, int last) {
+    int r = first + warp_id(), n = 0, token = 0;
     Sources sources;
     const auto fetch = [&] {
       n = block.source_of(r);
       load(n);
-      if (block.graph && r >= p.prefix) token = block.token_of(n);
+      if (block.graph && r >= block.prefix) token = block.token_of(n);
       sources = block.sources_of(r, token);
     };
     if (r < last) fetch();
@@ -488,6 +479,7 @@ struct RegisterRows {
       begin();
       double moved = 0;
       const int count = block.walk(sources, moved, [&](int row, float factor) { add(row, factor); });
+      block.write_rest(r, n, token, count, moved);
       if (sources.mean) {
         GTP_UNROLL
         for (int k = 0; k < kChunks; ++k) {
@@ -500,17 +492,13 @@ struct RegisterRows {
       if constexpr (!kIsFloat<T>) {
         if (!block.branch.data && count == 0 && !sources.mean) copy(n, row);
       }
-      block.write_rest(r, n, token, count, moved);
       if (p.norm != Norm::None) normalise(row);
     }
   }
 };
 
-// --- rows of any length and alignment
-// ---------------------------------------------------------------------------------
-
-// Value i of a lane is channel 32 i + lane of a slab of 128; the edges are walked once per slab, and the norm reads
-// x_out again, each lane what it wrote itself.
+// Rows of any length and alignment. Value i of a lane is channel 32 i + lane of a slab of 128; the edges are walked
+// once per slab, and the norm reads x_out again, each lane what it wrote itself.
 template <class T, class Indices>
 struct SlabRows {
   static constexpr int kValues = 4;
@@ -525,13 +513,13 @@ struct SlabRows {
   GTP_DEVICE int64_t channel(int i) const {
     return slab + kLanes * i + lane_id();
   }
-  GTP_DEVICE float value_of(int64_t n, int64_t c) const {
+  GTP_DEVICE float value_of(int n, int64_t c) const {
     const float value = load_value(block.x.data, block.x.dtype, n * block.x.stride_n + c);
     if (!block.branch.data) return value;
     const float scale = p.layer_scale.data ? load_value(p.layer_scale.data, p.layer_scale.dtype, c) : 1.f;
     return value + scale * load_value(block.branch.data, block.branch.dtype, n * block.branch.stride_n + c);
   }
-  GTP_DEVICE void add(int64_t n, float factor) {
+  GTP_DEVICE void add(int n, float factor) {
     GTP_UNROLL
     for (int i = 0; i < kValues; ++i) {
       if (channel(i) < channels) y[i] += factor * value_of(n, channel(i));
@@ -570,11 +558,12 @@ struct SlabRows {
 
   GTP_DEVICE void stage() const {}
 
-  GTP_DEVICE void run(int64_t first, int64_t last) {
+  GTP_DEVICE void run(int first, int last) {
     sync_block();
-    for (int64_t r = first + warp_id(); r < last; r += kStepWarps) {
-      const int64_t n = block.source_of(r), row = block.b * p.rows_out() + r;
-      const int token = block.graph && r >= p.prefix ? block.token_of(n) : 0;
+    for (int r = first + warp_id(); r < last; r += kStepWarps) {
+      const int n = block.source_of(r);
+      const int64_t row = block.b * p.rows_out() + r;
+      const int token = block.graph && r >= block.prefix ? block.token_of(n) : 0;
       const Sources sources = block.sources_of(r, token);
       double moved = 0;
       int count = 0;
@@ -582,8 +571,9 @@ struct SlabRows {
       for (slab = 0; slab == 0 || slab < channels; slab += kValues * kLanes) {
         GTP_UNROLL
         for (int i = 0; i < kValues; ++i) y[i] = channel(i) < channels ? value_of(n, channel(i)) : 0;
-        double ignored = 0;
-        count = block.walk(sources, slab == 0 ? moved : ignored, [&](int j, float factor) { add(j, factor); });
+        double part = 0;
+        count = block.walk(sources, part, [&](int j, float factor) { add(j, factor); });
+        if (slab == 0) moved = part;
         const bool as_it_is = !kIsFloat<T> && !block.branch.data && count == 0 && !sources.mean;
         GTP_UNROLL
         for (int i = 0; i < kValues; ++i) {
@@ -614,7 +604,7 @@ struct RowsFor<T, 0, Indices> {
 };
 
 template <class T, int kChunks, class Indices>
-GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int64_t image, int64_t first,
+GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int image, int first,
                          const Indices& indices) {
   const StepBlock<Indices> block(params, shared, image, indices);
   typename RowsFor<T, kChunks, Indices>::Type rows(block);
@@ -622,35 +612,38 @@ GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int64_
   block.clear_table();
   sync_block();
   block.enter_leavers();
-  const int64_t last = first + params.rows_per_block, end = params.step.rows_out();
+  const int last = first + params.rows_per_block, end = static_cast<int>(params.step.rows_out());
   rows.run(first, last < end ? last : end);
 }
 
-// Blocks that a multiprocessor holds at once, by their registers.
-template <int kChunks>
-constexpr int kBlocks = kChunks <= 4   ? 4
-                        : kChunks <= 6 ? 3
-                        : kChunks <= 8 ? 2
-                                       : 1;
+// Blocks that a multiprocessor holds at once, by the registers that a lane's chunks take.
+template <class T, int kChunks>
+constexpr int blocks_at_once() {
+  const int size = kChunks * (kIsFloat<T> ? 3 : 2);
+  return size <= 4 ? 7 : size <= 6 ? 6 : size <= 9 ? 5 : size <= 12 ? 4 : size <= 18 ? 3 : 2;
+}
 
 // grid: images x blocks_per_image.
 template <class T, int kChunks>
-GTP_GLOBAL(kStepThreads, kBlocks<kChunks>)
+GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>()))
 propagate_kernel(GTP_CONSTANT StepParams params) {
   GTP_SHARED(shared);
   const PropagateParams& p = params.step;
-  const int64_t image = blockIdx.x / params.blocks_per_image, part = blockIdx.x % params.blocks_per_image;
-  const GivenIndices indices{p.index_kept + image * p.kept, p.index_prop + image * p.prop, p.prefix, p.tokens};
+  const int image = static_cast<int>(blockIdx.x) / params.blocks_per_image;
+  const int part = static_cast<int>(blockIdx.x) % params.blocks_per_image;
+  const GivenIndices indices{p.index_kept + image * p.kept, p.index_prop + image * p.prop, static_cast<int>(p.prefix),
+                             static_cast<int>(p.tokens)};
   run_step<T, kChunks>(params, shared, image, part * params.rows_per_block, indices);
 }
 
 // The same, every block of an image choosing the tokens anew; the first one writes them down.
 template <class T, int kChunks>
-GTP_GLOBAL(kStepThreads, kBlocks<kChunks>)
+GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>()))
 select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
   GTP_SHARED(shared);
   const PropagateParams& p = params.step;
-  const int64_t image = blockIdx.x / params.blocks_per_image, part = blockIdx.x % params.blocks_per_image;
+  const int image = static_cast<int>(blockIdx.x) / params.blocks_per_image;
+  const int part = static_cast<int>(blockIdx.x) % params.blocks_per_image;
   const int count = static_cast<int>(p.tokens - p.prefix), kept = static_cast<int>(p.kept);
   auto* const keys = reinterpret_cast<uint32_t*>(shared + params.layout.keys);
   auto* const order = reinterpret_cast<int*>(shared + params.layout.order);
@@ -658,7 +651,7 @@ select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
   auto* const importance = static_cast<float*>(params.importance.importance);
   fill_keys(keys, count, [&](int i) {
     const float value = importance_of(params.importance, image, i);
-    if (part == 0 && importance) importance[image * count + i] = value;
+    if (part == 0 && importance) importance[static_cast<int64_t>(image) * count + i] = value;
     return value;
   });
   sync_block();
@@ -669,7 +662,7 @@ select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
                                             : params.index_prop + image * p.prop + (position - kept);
     *target = p.prefix + i;
   });
-  const SelectedIndices indices{order, p.kept, p.prefix};
+  const SelectedIndices indices{order, kept, static_cast<int>(p.prefix)};
   run_step<T, kChunks>(params, shared, image, part * params.rows_per_block, indices);
 }
 

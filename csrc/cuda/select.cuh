@@ -154,7 +154,7 @@ GTP_DEVICE uint64_t lowest_that_stays(const Keys& keys, int count, int kept, int
 // place(i, position) for every token of an image: positions below `kept` are those that stay, by falling importance or
 // by index, and those from `kept` on the ones that leave, in the same order. scratch: 64 integers of shared memory. All
 // threads of a block, after sync_block.
-constexpr int kCounted = 512;  // tokens up to which n^2 comparisons by one block beat some 40 rounds of bisection
+constexpr int kCounted = 512;  // tokens up to which the order by index counts ranks too
 template <class Place>
 GTP_DEVICE void select_in_block(const Keys& keys, int count, int kept, bool by_index, int* scratch, Place place) {
   const int threads = static_cast<int>(blockDim.x);
