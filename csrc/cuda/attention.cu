@@ -1,12 +1,32 @@
-// attention_with_scores on a GPU: which form takes which shape, and the launches.
+// attention_with_scores on a GPU: what does not depend on the type. attention_*.cu have the kernels that do.
 
-#include "cuda/attention.cuh"
-#include "cuda/attention_sweep.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention_run.cuh"
 
 namespace gtp {
 namespace cuda {
 namespace {
+
+struct ZeroParams {
+  int* target;
+  int64_t count;
+};
+GTP_GLOBAL(256, 1) zero_ints(GTP_CONSTANT ZeroParams p) {
+  const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) p.target[i] = 0;
+}
+
+// grid: (blocks of 256 keys, heads of all images).
+GTP_GLOBAL(256, 1)
+attention_columns(GTP_CONSTANT MapParams p) {
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const int64_t key = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y;
+  if (key >= p.a.tokens) return;
+  float total = 0;
+  for (int block = 0; block < p.row_blocks; ++block) total += w.sums[(head * p.row_blocks + block) * p.a.tokens + key];
+  static_cast<float*>(p.a.colsum)[head * p.a.tokens + key] = total;
+}
 
 bool whole_vectors(const void* data, const int64_t (&stride)[4], int64_t size) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[0] % 8 == 0 && stride[1] % 8 == 0 &&
@@ -28,84 +48,18 @@ MapParams map_params(const AttentionParams& a, void* workspace) {
   return p;
 }
 
-// The numbers of 16-key steps with kernels of their own: an N between two of them pays for the next.
-template <int kHeadSize, int... kSteps>
-struct Classes {
-  static constexpr int kSize = kHeadSize;
-};
-
-// f(the classes of the smallest padded head size that holds `size`).
-template <class F>
-auto for_head_size(int64_t size, const F& f) {
-  if (size <= 32) return f(Classes<32, 4, 8, 10, 12>());
-  // The run of a model at 224 pixels: 197 tokens and what P in every block leaves of them.
-  if (size <= 64) return f(Classes<64, 2, 4, 6, 7, 8, 9, 10, 11, 12>());
-  if (size <= 80) return f(Classes<80, 4, 8, 10, 12>());
-  if (size <= 96) return f(Classes<96, 4, 8, 10, 12>());
-  return f(Classes<128, 4, 8, 11>());
-}
-
-template <int kSize, int... kSteps>
-bool fits_registers(Classes<kSize, kSteps...>, int64_t tokens, const Machine& m) {
-  size_t bytes = 0;
-  const bool found = ((tokens <= 16 * kSteps && (bytes = RegisterForm<kSize, kSteps>::kBytes, true)) || ...);
-  return found && bytes <= static_cast<size_t>(m.shared_bytes);
-}
-
-template <class T, int kSize, int kBefore, int kSteps, int... kMore>
-bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& error) {
-  using Form = RegisterForm<kSize, kSteps>;
-  if constexpr (sizeof...(kMore) > 0) {
-    if (p.a.tokens > Form::kTokens) return in_registers<T, kSize, kSteps, kMore...>(p, m, stream, error);
-  }
-  const int64_t most = static_cast<int64_t>(m.multiprocessors) * Form::kBlocks;
-  const Launch l = {"attention_in_registers", p.heads < most ? p.heads : most, 1, Form::kThreads, Form::kBytes};
-  return launch(attention_in_registers<T, kSize, kSteps, kBefore>, p, l, stream, error);
-}
-
-template <class T, int kSize>
-bool by_sweeps(const MapParams& p, void* stream, Error& error) {
-  // Heads are the second dimension of the grid, which is limited.
-  if (p.heads > 65535) {
-    std::snprintf(error.text, sizeof error.text, "B * H is %u; for this N and d it must be at most 65,535", p.heads);
-    return false;
-  }
-  Workspace w;
-  size_t counters = 0;
-  place_workspace(p, p.workspace, w, counters);
-  const auto sweep = [&](const char* name, void (*kernel)(MapParams), size_t bytes) {
-    return launch(kernel, p, {name, p.row_blocks, p.heads, kSweepThreads, bytes}, stream, error);
-  };
-  constexpr size_t kBytes = Sweep<kSize>::kBytes;
-  if (p.a.rank > 0) {
-    const ZeroParams zero = {reinterpret_cast<int*>(p.workspace), static_cast<int64_t>(counters / sizeof(int))};
-    const int64_t blocks = (zero.count + 1023) / 1024;
-    if (!launch(zero_counters, zero, {"zero_counters", blocks < 1024 ? blocks : 1024, 1, 256, 0}, stream, error)) {
-      return false;
-    }
-  }
-  if (!sweep("attention_statistics", attention_statistics<T, kSize>, kBytes)) return false;
-  if (p.a.rank > 0) {
-    if (!sweep("attention_fine", attention_fine<T, kSize>, kBytes)) return false;
-    if (!sweep("attention_collect", attention_collect<T, kSize>, kBytes)) return false;
-    if (!launch(attention_select<T, kSize>, p, {"attention_select", p.heads, 1, kSweepThreads, kBytes}, stream,
-                error)) {
-      return false;
-    }
-  }
-  return sweep("attention_output", attention_output<T, kSize>, Sweep<kSize>::kOutputBytes) &&
-         launch(attention_columns, p, {"attention_columns", (p.a.tokens + 255) / 256, p.heads, 256, 0}, stream, error);
-}
-
-template <class T, int kSize, int... kSteps>
-bool run(Classes<kSize, kSteps...> classes, const MapParams& p, void* stream, Error& error) {
-  Machine m;
-  if (!machine(m, error)) return false;
-  if (fits_registers(classes, p.a.tokens, m)) return in_registers<T, kSize, 0, kSteps...>(p, m, stream, error);
-  return by_sweeps<T, kSize>(p, stream, error);
-}
-
 }  // namespace
+
+bool zero_counters(int* counters, int64_t count, void* stream, Error& error) {
+  const int64_t blocks = (count + 1023) / 1024;
+  const Launch l = {"zero_ints", blocks < 1024 ? blocks : 1024, 1, 256, 0};
+  return launch(zero_ints, ZeroParams{counters, count}, l, stream, error);
+}
+
+bool sum_column_blocks(const MapParams& p, void* stream, Error& error) {
+  const Launch l = {"attention_columns", (p.a.tokens + 255) / 256, p.heads, 256, 0};
+  return launch(attention_columns, p, l, stream, error);
+}
 
 size_t attention_workspace(const AttentionParams& a) {
   Machine m;
@@ -136,10 +90,7 @@ bool attention(const AttentionParams& a, void* workspace, void* stream, Error& e
     return false;
   }
   const MapParams p = map_params(a, workspace);
-  return for_head_size(a.head_size, [&](auto classes) {
-    return a.dtype == DType::BFloat16 ? run<BFloat16>(classes, p, stream, error)
-                                      : run<Float16>(classes, p, stream, error);
-  });
+  return a.dtype == DType::BFloat16 ? attention_bfloat16(p, stream, error) : attention_float16(p, stream, error);
 }
 
 }  // namespace cuda

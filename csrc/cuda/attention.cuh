@@ -13,13 +13,17 @@
 namespace gtp {
 namespace cuda {
 
-// N up to 16 kSteps, and kSteps at most 12: of 13 warps one multiprocessor's quarter has four, which leaves 128
-// registers a thread, and a row of 208 values takes 104 of them.
-template <int kSize, int kSteps>
+// N up to 8 kTiles. A warp has kRows times 16 queries: up to 12 warps may have 168 registers a thread, 13 only 128, as
+// one quarter of the multiprocessor has four of them, and a row of 200 values takes 100. So beyond 192 tokens 7 warps
+// have two each, and 255 registers.
+template <int kSize, int kNumTiles>
 struct RegisterForm {
-  static_assert(kSteps <= 12);
-  static constexpr int kTokens = 16 * kSteps;
-  static constexpr int kThreads = kLanes * kSteps;
+  static constexpr int kTiles = kNumTiles, kSteps = (kTiles + 1) / 2;
+  static constexpr int kRows = kSteps > 12 ? 2 : 1;
+  static constexpr int kWarps = (kSteps + kRows - 1) / kRows;
+  static constexpr int kTokens = 16 * kSteps, kQueries = 16 * kRows * kWarps;  // in shared memory
+  static constexpr int kCount = kQueries * 8 * kTiles;                         // places of the map
+  static constexpr int kThreads = kLanes * kWarps;
   // Of a block on one multiprocessor; registers allow that many.
   static constexpr int kBlocks = kSteps > 8 ? 1 : kSteps > 4 || kSize > 64 ? 2 : 3;
   // One tile of keys in so many is the sample.
@@ -28,10 +32,14 @@ struct RegisterForm {
   static constexpr int kState = 8;
   // While the threshold is sought, two histograms, the state and the candidates; then the column sums of each warp.
   static constexpr size_t kSelecting = sizeof(int) * (2 * kBins + kState + kRoom);
-  static constexpr size_t kSumming = sizeof(float) * kSteps * kTokens;
-  static constexpr size_t kBytes =
-      3 * Tile<kSize>::bytes(kTokens) + 2 * sizeof(float) * kTokens + (kSelecting > kSumming ? kSelecting : kSumming);
+  static constexpr size_t kSumming = sizeof(float) * kWarps * kTokens;
+  static constexpr size_t kBytes = Tile<kSize>::bytes(kQueries) + 2 * Tile<kSize>::bytes(kTokens) +
+                                   2 * sizeof(float) * kTokens + (kSelecting > kSumming ? kSelecting : kSumming);
 };
+
+// The rows of the map that a warp holds.
+template <class Form>
+using RegisterMap = float[Form::kRows][Form::kTiles][4];
 
 // A number as an argument.
 template <int kValue>
@@ -39,31 +47,27 @@ struct Number {
   static constexpr int value = kValue;
 };
 
-// The 16 rows of the map that a warp holds.
-template <class Form>
-using RegisterMap = float[Form::kTokens / 8][4];
-
 // T of the map in the registers of a block, by all its threads. The zeros that pad the map are below all its values, or
 // equal to the lowest: they move the rank. `scratch` holds RegisterForm::kSelecting bytes.
 template <class Form>
 GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank, int64_t tokens, bool force_miss,
                                         int* scratch) {
-  constexpr int kTiles = Form::kTokens / 8, kCount = Form::kTokens * Form::kTokens;
-  const int wanted = static_cast<int>(rank + kCount - tokens * tokens);
+  constexpr int kTiles = Form::kTiles;
+  const int wanted = static_cast<int>(rank + Form::kCount - tokens * tokens);
   int* const coarse = scratch;
   int* const fine = scratch + kBins;
   int* const state = scratch + 2 * kBins;
   uint32_t* const candidates = reinterpret_cast<uint32_t*>(scratch + 2 * kBins + Form::kState);
   const auto each = [&](const auto& f) {
     GTP_UNROLL
-    for (int i = 0; i < 4 * kTiles; ++i) f(bits_of(s[i / 4][i % 4]));
+    for (int i = 0; i < Form::kRows * kTiles * 4; ++i) f(bits_of(s[i / 4 / kTiles][i / 4 % kTiles][i % 4]));
   };
   const auto sample = [&](const auto& f) {
     GTP_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < Form::kRows * kTiles; ++tile) {
       if ((tile + warp_id()) % Form::kSampleStep) continue;
       GTP_UNROLL
-      for (int i = 0; i < 4; ++i) f(bits_of(s[tile][i]));
+      for (int i = 0; i < 4; ++i) f(bits_of(s[tile / kTiles][tile % kTiles][i]));
     }
   };
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kBins + Form::kState; i += Form::kThreads) scratch[i] = 0;
@@ -71,7 +75,7 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank
   sample([&](uint32_t key) { atomic_add(coarse + coarse_bin(key), 1); });
   sync_block();
   const int total = total_of(coarse);
-  const SampleRanks ranks = sample_ranks(wanted, kCount, total);
+  const SampleRanks ranks = sample_ranks(wanted, Form::kCount, total);
   const Range range = fine_range(coarse, ranks);
   sample([&](uint32_t key) {
     const int bin = fine_bin(key, range);
@@ -113,15 +117,15 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank
 }
 
 // One block per multiprocessor or a few; each takes heads blockIdx.x, blockIdx.x + gridDim.x, ...
-template <class T, int kSize, int kSteps, int kBefore>
-GTP_GLOBAL(RegisterForm<kSize, kSteps>::kThreads, RegisterForm<kSize, kSteps>::kBlocks)
+template <class T, int kSize, int kTiles, int kBefore>
+GTP_GLOBAL(RegisterForm<kSize, kTiles>::kThreads, RegisterForm<kSize, kTiles>::kBlocks)
 attention_in_registers(GTP_CONSTANT MapParams p) {
-  using Form = RegisterForm<kSize, kSteps>;
+  using Form = RegisterForm<kSize, kTiles>;
   using Tiles = Tile<kSize>;
-  constexpr int kTiles = 2 * kSteps;
+  constexpr int kSteps = Form::kSteps, kRows = Form::kRows, kWarps = Form::kWarps;
   GTP_SHARED(memory);
   unsigned char* const q = memory;
-  unsigned char* const k = q + Tiles::bytes(Form::kTokens);
+  unsigned char* const k = q + Tiles::bytes(Form::kQueries);
   unsigned char* const v = k + Tiles::bytes(Form::kTokens);
   float* const log_scales = reinterpret_cast<float*>(v + Tiles::bytes(Form::kTokens));
   float* const cls_row = log_scales + Form::kTokens;
@@ -129,29 +133,29 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
 
   const int warp = warp_id(), lane = lane_id();
   const int tokens = static_cast<int>(p.a.tokens), size = static_cast<int>(p.a.head_size);
-  const auto load = [&](unsigned char* tile, const void* array, const int64_t (&stride)[4], bool vectors,
+  const auto load = [&](unsigned char* tile, int rows, const void* array, const int64_t (&stride)[4], bool vectors,
                         unsigned head) {
     if (head >= p.heads) return;
     const void* const source = head_of(array, stride, head, p.image_heads);
-    Tiles::load(tile, Form::kTokens, source, stride[2], stride[3], vectors, 0, tokens, size);
+    Tiles::load(tile, rows, source, stride[2], stride[3], vectors, 0, tokens, size);
   };
   const auto load_keys = [&](unsigned head) {
-    load(q, p.a.q, p.a.stride_q, p.vectors[0], head);
-    load(k, p.a.k, p.a.stride_k, p.vectors[1], head);
+    load(q, Form::kQueries, p.a.q, p.a.stride_q, p.vectors[0], head);
+    load(k, Form::kTokens, p.a.k, p.a.stride_k, p.vectors[1], head);
     commit_copies();
   };
   const auto load_values = [&](unsigned head) {
-    load(v, p.a.v, p.a.stride_v, p.vectors[2], head);
+    load(v, Form::kTokens, p.a.v, p.a.stride_v, p.vectors[2], head);
     commit_copies();
   };
-  // f(value of the map, half, tile, key); half says which of the two queries.
+  // f(value of the map, which of this lane's queries, tile, key).
   RegisterMap<Form> s;
   const auto each = [&](const auto& f) {
     const int t = forget(lane) % 4;
     GTP_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       GTP_UNROLL
-      for (int i = 0; i < 4; ++i) f(s[tile][i], i / 2, tile, 8 * tile + 2 * t + i % 2);
+      for (int i = 0; i < 4 * kRows; ++i) f(s[i / 4][tile][i % 4], i / 2, tile, 8 * tile + 2 * t + i % 2);
     }
   };
 
@@ -159,33 +163,35 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   load_values(blockIdx.x);
   GTP_NO_UNROLL
   for (unsigned head = blockIdx.x; head < p.heads; head += gridDim.x) {
-    const int g = forget(lane) / 4, first = 16 * warp + g;  // this lane's queries are this one and first + 8
+    const int g = forget(lane) / 4, first = 16 * kRows * warp + g;  // of this lane's queries, 8 apart
     load_log_scales(log_scales, p, head / p.image_heads, 0, Form::kTokens);
     wait_copies<1>();
     sync_block();
     each([](float& value, int, int, int) { value = 0; });
-    multiply_keys<T, kSize, kSteps>(s, q, 16 * warp, k);
+    multiply_keys<T, kSize>(s, q, 16 * kRows * warp, k);
     sync_block();
     load_keys(head + gridDim.x);
 
     // Softmax: each query's values are in the four lanes of its g.
-    float largest[2] = {-kInfinity, -kInfinity}, sum[2] = {};
-    each([&](float& value, int half, int, int key) {
+    float largest[2 * kRows], sum[2 * kRows];
+    GTP_UNROLL
+    for (int i = 0; i < 2 * kRows; ++i) largest[i] = -kInfinity, sum[i] = 0;
+    each([&](float& value, int query, int, int key) {
       value = fmaf(value, p.scale_log2, log_scales[key]);
-      largest[half] = fmaxf(largest[half], value);
+      largest[query] = fmaxf(largest[query], value);
     });
     GTP_UNROLL
-    for (int half = 0; half < 2; ++half) largest[half] = max_lanes<4>(largest[half]);
-    each([&](float& value, int half, int, int) {
-      value = exp2_fast(value - largest[half]);
-      sum[half] += value;
+    for (int i = 0; i < 2 * kRows; ++i) largest[i] = max_lanes<4>(largest[i]);
+    each([&](float& value, int query, int, int) {
+      value = exp2_fast(value - largest[query]);
+      sum[query] += value;
     });
     GTP_UNROLL
-    for (int half = 0; half < 2; ++half) sum[half] = 1.0f / sum_lanes<4>(sum[half]);
+    for (int i = 0; i < 2 * kRows; ++i) sum[i] = 1.0f / sum_lanes<4>(sum[i]);
     // What pads the map to whole tiles is zero, in a row of NaN too.
-    each([&](float& value, int half, int tile, int key) {
-      const bool is_value = first + 8 * half < tokens && (tile < 2 * kBefore || key < tokens);
-      value = is_value ? value * sum[half] : 0.0f;
+    each([&](float& value, int query, int tile, int key) {
+      const bool is_value = first + 8 * query < tokens && (tile < kBefore || key < tokens);
+      value = is_value ? value * sum[query] : 0.0f;
     });
 
     if (p.a.rank > 0) {
@@ -199,11 +205,12 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     float* const sums = reinterpret_cast<float*>(scratch);
     GTP_UNROLL
     for (int tile = 0; tile < kTiles; tile += 4) {
-      float u[8];
+      float u[8] = {};
       GTP_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int of = tile + i / 2 < kTiles ? tile + i / 2 : 0;
-        u[i] = tile + i / 2 < kTiles ? s[of][i % 2] + s[of][i % 2 + 2] : 0.0f;
+      for (int i = 0; i < 8 * kRows; ++i) {
+        if (tile + i % 8 / 2 >= kTiles) continue;
+        const float (&four)[4] = s[i / 8][tile + i % 8 / 2 < kTiles ? tile + i % 8 / 2 : 0];
+        u[i % 8] += four[i % 2] + four[i % 2 + 2];
       }
       const float column = sum_columns(u);
       const int key = 8 * tile + column_of_lane();
@@ -211,36 +218,45 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     }
     // On the diagonal, lane (g, t) has a value where t is g / 2: of the pair g % 2 of query g against keys 0 to 7, and
     // of query g + 8 against keys 8 to 15.
-    float on_diagonal[2] = {};
-    each([&](float& value, int half, int tile, int key) {
-      if (tile / 2 == warp && tile % 2 == half && (key & 1) == (g & 1)) on_diagonal[half] = value;
+    float on_diagonal[2 * kRows] = {};
+    each([&](float& value, int query, int tile, int key) {
+      if (tile == 2 * kRows * warp + query && (key & 1) == (g & 1)) on_diagonal[query] = value;
     });
     float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(head) * tokens;
     GTP_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (lane % 4 == g / 2 && first + 8 * half < tokens) diag[first + 8 * half] = on_diagonal[half];
+    for (int i = 0; i < 2 * kRows; ++i) {
+      if (lane % 4 == g / 2 && first + 8 * i < tokens) diag[first + 8 * i] = on_diagonal[i];
     }
     if (first == 0) {
-      each([&](float& value, int half, int, int key) {
-        if (half == 0) cls_row[key] = value;
+      each([&](float& value, int query, int, int key) {
+        if (query == 0) cls_row[key] = value;
       });
     }
 
-    uint32_t packed[kSteps][4];
+    uint32_t packed[kSteps][kRows][4];
     GTP_UNROLL
-    for (int step = 0; step < kSteps; ++step) pack_tiles<T>(packed[step], s[2 * step], s[2 * step + 1]);
+    for (int i = 0; i < kSteps * kRows; ++i) {
+      const float kNone[4] = {};
+      const int step = i / kRows, r = i % kRows;
+      const bool both = 2 * step + 1 < kTiles;
+      if (both)
+        pack_tiles<T>(packed[step][r], s[r][2 * step], s[r][both ? 2 * step + 1 : 0]);
+      else
+        pack_tiles<T>(packed[step][r], s[r][2 * step], kNone);
+    }
     wait_copies<1>();
     sync_block();
     // 32 dimensions at a time: their sums fit the registers beside the packed map.
     const auto multiply_part = [&](auto from, auto pairs) {
       constexpr int kFrom = decltype(from)::value, kPairs = decltype(pairs)::value;
       if constexpr (kPairs > 0) {
-        float out[2 * kPairs][4] = {};
+        float out[kRows][2 * kPairs][4] = {};
         GTP_UNROLL
         for (int step = 0; step < kSteps; ++step) {
           multiply_values<T, kSize, kFrom, kPairs>(out, packed[step], v, 16 * step);
         }
-        store_out<T, kFrom, kPairs>(p, head, first, out);
+        GTP_UNROLL
+        for (int r = 0; r < kRows; ++r) store_out<T, kFrom, kPairs>(p, head, first + 16 * r, out[r]);
       }
     };
     constexpr int kPairs = kSize / 16;
@@ -252,7 +268,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     for (int key = static_cast<int>(threadIdx.x); key < tokens; key += Form::kThreads) {
       float total = 0;
       GTP_UNROLL
-      for (int w = 0; w < kSteps; ++w) total += sums[w * Form::kTokens + key];
+      for (int w = 0; w < kWarps; ++w) total += sums[w * Form::kTokens + key];
       static_cast<float*>(p.a.colsum)[scores + key] = total;
       static_cast<float*>(p.a.cls_row)[scores + key] = cls_row[key];
     }

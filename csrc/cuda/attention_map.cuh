@@ -68,34 +68,42 @@ GTP_DEVICE const void* head_of(const void* array, const int64_t (&stride)[4], un
   return static_cast<const uint16_t*>(array) + head / heads * stride[0] + head % heads * stride[1];
 }
 
-// s += q k^T for the 16 rows of `q` from `row` on, a multiple of 16, and the first 16 kPairs keys of `k`.
+// s[r] += q k^T for 16 kRows rows of `q` from `row` on, a multiple of 16, and the first 8 kTiles keys of `k`, which
+// holds whole pairs of tiles.
 //
 // What depends on the lane is computed once and here, so that an address is a register and a constant.
-template <class T, int kSize, int kPairs>
-GTP_DEVICE void multiply_keys(float (&s)[2 * kPairs][4], const unsigned char* q, int row, const unsigned char* k) {
+template <class T, int kSize, int kRows, int kTiles>
+GTP_DEVICE void multiply_keys(float (&s)[kRows][kTiles][4], const unsigned char* q, int row, const unsigned char* k) {
   using Rows = Tile<kSize>;
   const int lane = forget(lane_id());
   const Address queries = shared_address(q) + (row + lane % 16) * Rows::kRowBytes;
   const Address keys = shared_address(k) + (lane % 8 + lane / 16 * 8) * Rows::kRowBytes;
   GTP_UNROLL
   for (int step = 0; step < kSize / 16; ++step) {
-    uint32_t a[4];
-    load_matrices<false>(a, queries + Rows::place(lane % 8, 2 * step + lane / 16));
+    uint32_t a[kRows][4];
+    GTP_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      load_matrices<false>(a[r], queries + Rows::place(lane % 8, 2 * step + lane / 16) + 16 * r * Rows::kRowBytes);
+    }
     const Address at = keys + Rows::place(lane % 8, 2 * step + lane / 8 % 2);
     GTP_UNROLL
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int tile = 0; tile < kTiles; tile += 2) {
       uint32_t b[4];
-      load_matrices<false>(b, at + 16 * pair * Rows::kRowBytes);
-      multiply(s[2 * pair], a, b[0], b[1], T());
-      multiply(s[2 * pair + 1], a, b[2], b[3], T());
+      load_matrices<false>(b, at + 8 * tile * Rows::kRowBytes);
+      GTP_UNROLL
+      for (int r = 0; r < kRows; ++r) multiply(s[r][tile], a[r], b[0], b[1], T());
+      if (tile + 1 == kTiles) continue;
+      GTP_UNROLL
+      for (int r = 0; r < kRows; ++r) multiply(s[r][tile + 1 < kTiles ? tile + 1 : 0], a[r], b[2], b[3], T());
     }
   }
 }
 
-// out += p v for 16 keys and dimensions 16 kFirst to 16 (kFirst + kPairs): p as two tiles of the map in the type of v,
-// v from its row `row` on.
-template <class T, int kSize, int kFirst, int kPairs>
-GTP_DEVICE void multiply_values(float (&out)[2 * kPairs][4], const uint32_t (&p)[4], const unsigned char* v, int row) {
+// out[r] += p[r] v for 16 keys and dimensions 16 kFirst to 16 (kFirst + kPairs): p[r] as two tiles of the map in the
+// type of v, v from its row `row` on.
+template <class T, int kSize, int kFirst, int kPairs, int kRows>
+GTP_DEVICE void multiply_values(float (&out)[kRows][2 * kPairs][4], const uint32_t (&p)[kRows][4],
+                                const unsigned char* v, int row) {
   using Rows = Tile<kSize>;
   const int lane = forget(lane_id());
   const Address values = shared_address(v) + lane % 16 * Rows::kRowBytes;
@@ -103,8 +111,11 @@ GTP_DEVICE void multiply_values(float (&out)[2 * kPairs][4], const uint32_t (&p)
   for (int pair = 0; pair < kPairs; ++pair) {
     uint32_t b[4];
     load_matrices<true>(b, values + Rows::place(lane % 8, 2 * (kFirst + pair) + lane / 16) + row * Rows::kRowBytes);
-    multiply(out[2 * pair], p, b[0], b[1], T());
-    multiply(out[2 * pair + 1], p, b[2], b[3], T());
+    GTP_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      multiply(out[r][2 * pair], p[r], b[0], b[1], T());
+      multiply(out[r][2 * pair + 1], p[r], b[2], b[3], T());
+    }
   }
 }
 

@@ -122,8 +122,9 @@ GTP_DEVICE void sweep_keys(const MapParams& p, const Place<kSize>& place, int fr
     load(block + step, buffer ^ 1);
     wait_copies<1>();
     sync_block();
-    float s[kSweepKeys / 8][4] = {};
-    multiply_keys<T, kSize, kSweepKeys / 16>(s, place.q, 16 * warp_id(), place.k + buffer * Sweep<kSize>::kKeys);
+    float map[1][kSweepKeys / 8][4] = {};
+    float (&s)[kSweepKeys / 8][4] = map[0];
+    multiply_keys<T, kSize>(map, place.q, 16 * warp_id(), place.k + buffer * Sweep<kSize>::kKeys);
     const float* const scales = place.log_scales + buffer * kSweepKeys;
     GTP_UNROLL
     for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
@@ -170,15 +171,6 @@ GTP_DEVICE void each_key(const MapParams& p, const RowStats& r, int64_t row, int
       f(is_value ? bits_of(map_value(s[tile][i], r, i / 2)) : kNothing);
     }
   }
-}
-
-struct ZeroParams {
-  int* target;
-  int64_t count;
-};
-GTP_GLOBAL(256, 1) zero_counters(GTP_CONSTANT ZeroParams p) {
-  const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) p.target[i] = 0;
 }
 
 // Adds a block's histogram to that of the head.
@@ -373,7 +365,7 @@ attention_output(GTP_CONSTANT MapParams p) {
   float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(place.head) * tokens;
   float* const cls_row = static_cast<float*>(p.a.cls_row) + static_cast<int64_t>(place.head) * tokens;
   float* const block_sums = w.sums + (static_cast<int64_t>(place.head) * p.row_blocks + blockIdx.x) * tokens;
-  float out[kSize / 8][4] = {};
+  float out[1][kSize / 8][4] = {};
   int buffer = 0;
   sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
     unsigned char* const rows = v + buffer * Sweep<kSize>::kKeys;
@@ -404,8 +396,8 @@ attention_output(GTP_CONSTANT MapParams p) {
     sync_block();
     GTP_UNROLL
     for (int step = 0; step < kSweepKeys / 16; ++step) {
-      uint32_t packed[4];
-      pack_tiles<T>(packed, s[2 * step], s[2 * step + 1]);
+      uint32_t packed[1][4];
+      pack_tiles<T>(packed[0], s[2 * step], s[2 * step + 1]);
       multiply_values<T, kSize, 0, kSize / 16>(out, packed, rows, 16 * step);
     }
     for (int i = static_cast<int>(threadIdx.x); i < kSweepKeys; i += kSweepThreads) {
@@ -415,20 +407,7 @@ attention_output(GTP_CONSTANT MapParams p) {
     }
     buffer ^= 1;
   });
-  store_out<T, 0, kSize / 16>(p, place.head, row, out);
-}
-
-// grid: (blocks of 256 keys, heads of all images).
-GTP_GLOBAL(256, 1)
-attention_columns(GTP_CONSTANT MapParams p) {
-  Workspace w;
-  size_t counters;
-  place_workspace(p, p.workspace, w, counters);
-  const int64_t key = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y;
-  if (key >= p.a.tokens) return;
-  float total = 0;
-  for (int block = 0; block < p.row_blocks; ++block) total += w.sums[(head * p.row_blocks + block) * p.a.tokens + key];
-  static_cast<float*>(p.a.colsum)[head * p.a.tokens + key] = total;
+  store_out<T, 0, kSize / 16>(p, place.head, row, out[0]);
 }
 
 }  // namespace cuda
