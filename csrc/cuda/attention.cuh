@@ -37,7 +37,7 @@ struct RegisterForm {
                                    2 * sizeof(float) * kTokens + (kSelecting > kSumming ? kSelecting : kSumming);
 };
 
-// The rows of the map that a warp holds.
+// The rows of the map that a warp holds: this lane's values.
 template <class Form>
 using RegisterMap = float[Form::kRows][Form::kTiles][4];
 
@@ -53,7 +53,7 @@ template <class Form>
 GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank, int64_t tokens, bool force_miss,
                                         int* scratch) {
   constexpr int kTiles = Form::kTiles;
-  const int wanted = static_cast<int>(rank + Form::kCount - tokens * tokens);
+  const int wanted = forget(static_cast<int>(rank + Form::kCount - tokens * tokens));
   int* const coarse = scratch;
   int* const fine = scratch + kBins;
   int* const state = scratch + 2 * kBins;
@@ -70,19 +70,18 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank
       for (int i = 0; i < 4; ++i) f(bits_of(s[tile / kTiles][tile % kTiles][i]));
     }
   };
+  GTP_NO_UNROLL
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kBins + Form::kState; i += Form::kThreads) scratch[i] = 0;
   sync_block();
   sample([&](uint32_t key) { atomic_add(coarse + coarse_bin(key), 1); });
   sync_block();
-  const int total = total_of(coarse);
-  const SampleRanks ranks = sample_ranks(wanted, Form::kCount, total);
-  const Range range = fine_range(coarse, ranks);
+  const Range range = fine_range(coarse, wanted, Form::kCount);
   sample([&](uint32_t key) {
     const int bin = fine_bin(key, range);
     if (bin >= 0) atomic_add(fine + bin, 1);
   });
   sync_block();
-  Bracket bracket = bracket_of(fine, range, ranks, total);
+  Bracket bracket = bracket_of(coarse, fine, wanted, Form::kCount);  // the range again, not kept in registers
   int below = 0, inside = 0;
   each([&](uint32_t key) {
     below += key < bracket.low;
@@ -104,10 +103,12 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank
   sync_block();
   below = state[0];
   inside = state[1];
+  GTP_NO_UNROLL
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += Form::kThreads) fine[i] = 0;
   sync_block();
   if (below < wanted && wanted <= below + inside && inside <= Form::kRoom && !force_miss) {
     const auto collected = [&](const auto& f) {
+      GTP_NO_UNROLL
       for (int i = static_cast<int>(threadIdx.x); i < inside; i += Form::kThreads) f(candidates[i]);
     };
     const int bits = 32 - leading_zeros(bracket.high - bracket.low - 1);
@@ -131,7 +132,10 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   float* const cls_row = log_scales + Form::kTokens;
   int* const scratch = reinterpret_cast<int*>(cls_row + Form::kTokens);
 
-  const int warp = warp_id(), lane = lane_id();
+  // Of what a thread is, only its number stays in a register; the rest is found anew where it is used.
+  const auto thread = [] { return forget(static_cast<int>(threadIdx.x)); };
+  const auto rows_of_warp = [&] { return thread() / kLanes * 16 * kRows; };
+  const auto first_query = [&] { return rows_of_warp() + thread() % kLanes / 4; };  // its queries are 8 apart
   const int tokens = static_cast<int>(p.a.tokens), size = static_cast<int>(p.a.head_size);
   const auto load = [&](unsigned char* tile, int rows, const void* array, const int64_t (&stride)[4], bool vectors,
                         unsigned head) {
@@ -151,7 +155,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   // f(value of the map, which of this lane's queries, tile, key).
   RegisterMap<Form> s;
   const auto each = [&](const auto& f) {
-    const int t = forget(lane) % 4;
+    const int t = thread() % 4;
     GTP_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       GTP_UNROLL
@@ -163,12 +167,12 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   load_values(blockIdx.x);
   GTP_NO_UNROLL
   for (unsigned head = blockIdx.x; head < p.heads; head += gridDim.x) {
-    const int g = forget(lane) / 4, first = 16 * kRows * warp + g;  // of this lane's queries, 8 apart
     load_log_scales(log_scales, p, head / p.image_heads, 0, Form::kTokens);
     wait_copies<1>();
     sync_block();
-    each([](float& value, int, int, int) { value = 0; });
-    multiply_keys<T, kSize>(s, q, 16 * kRows * warp, k);
+    GTP_UNROLL
+    for (int i = 0; i < 4 * kRows * kTiles; ++i) s[i / 4 % kRows][i / 4 / kRows][i % 4] = 0;
+    multiply_keys<T, kSize>(s, q, rows_of_warp(), k);
     sync_block();
     load_keys(head + gridDim.x);
 
@@ -189,6 +193,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     GTP_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) sum[i] = 1.0f / sum_lanes<4>(sum[i]);
     // What pads the map to whole tiles is zero, in a row of NaN too.
+    const int first = first_query();
     each([&](float& value, int query, int tile, int key) {
       const bool is_value = first + 8 * query < tokens && (tile < kBefore || key < tokens);
       value = is_value ? value * sum[query] : 0.0f;
@@ -209,25 +214,27 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
       GTP_UNROLL
       for (int i = 0; i < 8 * kRows; ++i) {
         if (tile + i % 8 / 2 >= kTiles) continue;
-        const float (&four)[4] = s[i / 8][tile + i % 8 / 2 < kTiles ? tile + i % 8 / 2 : 0];
-        u[i % 8] += four[i % 2] + four[i % 2 + 2];
+        const int of = tile + i % 8 / 2 < kTiles ? tile + i % 8 / 2 : 0;
+        u[i % 8] += s[i / 8][of][i % 2] + s[i / 8][of][i % 2 + 2];
       }
       const float column = sum_columns(u);
       const int key = 8 * tile + column_of_lane();
-      if (key < Form::kTokens) sums[warp * Form::kTokens + key] = column;
+      if (key < Form::kTokens) sums[thread() / kLanes * Form::kTokens + key] = column;
     }
     // On the diagonal, lane (g, t) has a value where t is g / 2: of the pair g % 2 of query g against keys 0 to 7, and
     // of query g + 8 against keys 8 to 15.
     float on_diagonal[2 * kRows] = {};
+    const int tile_of_warp = rows_of_warp() / 8, parity = thread() / 4 % 2;
     each([&](float& value, int query, int tile, int key) {
-      if (tile == 2 * kRows * warp + query && (key & 1) == (g & 1)) on_diagonal[query] = value;
+      if (tile == tile_of_warp + query && key % 2 == parity) on_diagonal[query] = value;
     });
     float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(head) * tokens;
     GTP_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) {
-      if (lane % 4 == g / 2 && first + 8 * i < tokens) diag[first + 8 * i] = on_diagonal[i];
+      const int query = first_query() + 8 * i;
+      if (thread() % 4 == thread() % kLanes / 8 && query < tokens) diag[query] = on_diagonal[i];
     }
-    if (first == 0) {
+    if (first_query() == 0) {
       each([&](float& value, int query, int, int key) {
         if (query == 0) cls_row[key] = value;
       });
@@ -236,13 +243,14 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     uint32_t packed[kSteps][kRows][4];
     GTP_UNROLL
     for (int i = 0; i < kSteps * kRows; ++i) {
-      const float kNone[4] = {};
       const int step = i / kRows, r = i % kRows;
-      const bool both = 2 * step + 1 < kTiles;
-      if (both)
-        pack_tiles<T>(packed[step][r], s[r][2 * step], s[r][both ? 2 * step + 1 : 0]);
-      else
-        pack_tiles<T>(packed[step][r], s[r][2 * step], kNone);
+      float pair[2][4] = {};
+      GTP_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const int tile = 2 * step + j / 4;
+        if (tile < kTiles) pair[j / 4][j % 4] = s[r][tile < kTiles ? tile : 0][j % 4];
+      }
+      pack_tiles<T>(packed[step][r], pair[0], pair[1]);
     }
     wait_copies<1>();
     sync_block();
@@ -256,7 +264,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
           multiply_values<T, kSize, kFrom, kPairs>(out, packed[step], v, 16 * step);
         }
         GTP_UNROLL
-        for (int r = 0; r < kRows; ++r) store_out<T, kFrom, kPairs>(p, head, first + 16 * r, out[r]);
+        for (int r = 0; r < kRows; ++r) store_out<T, kFrom, kPairs>(p, head, first_query() + 16 * r, out[r]);
       }
     };
     constexpr int kPairs = kSize / 16;
@@ -265,6 +273,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     multiply_part(Number<4>(), Number<(kPairs < 4 ? 0 : kPairs < 6 ? kPairs - 4 : 2)>());
     multiply_part(Number<6>(), Number<(kPairs < 6 ? 0 : kPairs - 6)>());
     const int64_t scores = static_cast<int64_t>(head) * tokens;
+    GTP_NO_UNROLL
     for (int key = static_cast<int>(threadIdx.x); key < tokens; key += Form::kThreads) {
       float total = 0;
       GTP_UNROLL

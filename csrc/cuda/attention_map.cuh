@@ -131,9 +131,11 @@ GTP_DEVICE void pack_tiles(uint32_t (&p)[4], const float (&left)[4], const float
 // log2 of the token scales of an image for keys first .. first + count; -inf beyond the tokens.
 GTP_DEVICE void load_log_scales(float* log_scales, const MapParams& p, unsigned image, int64_t first, int count) {
   const float* const scales = static_cast<const float*>(p.a.token_scales.data);
+  const int there = static_cast<int>(p.a.tokens - first);
+  GTP_NO_UNROLL
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     float value = -kInfinity;
-    if (first + i < p.a.tokens) value = scales ? log2f(scales[image * p.a.tokens + first + i]) : 0.0f;
+    if (i < there) value = scales ? log2f(scales[image * p.a.tokens + first + i]) : 0.0f;
     log_scales[i] = value;
   }
 }
@@ -159,13 +161,13 @@ GTP_DEVICE int column_of_lane() {
 
 // Writes dimensions 16 kFirst to 16 (kFirst + kPairs) of rows `row` and `row` + 8 of out [B, N, H, d].
 template <class T, int kFirst, int kPairs>
-GTP_DEVICE void store_out(const MapParams& p, unsigned head, int64_t row, const float (&out)[2 * kPairs][4]) {
+GTP_DEVICE void store_out(const MapParams& p, unsigned head, int row, const float (&out)[2 * kPairs][4]) {
   const int t = lane_id() % 4, size = forget(static_cast<int>(p.a.head_size));
   const unsigned heads = p.image_heads;
   GTP_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t n = row + 8 * half;
-    if (n >= p.a.tokens) continue;
+    const int n = row + 8 * half;
+    if (n >= static_cast<int>(p.a.tokens)) continue;
     uint16_t* const target =
         static_cast<uint16_t*>(p.a.out) + ((head / heads * p.a.tokens + n) * heads + head % heads) * p.a.head_size;
     GTP_UNROLL

@@ -248,8 +248,7 @@ attention_fine(GTP_CONSTANT MapParams p) {
   clear(place.scratch, kBins);
   load_queries(p, place);
   const RowStats r = row_stats(p, w, place.head, row);
-  const SampleRanks ranks = sample_ranks(p.a.rank, p.a.tokens * p.a.tokens, total_of(coarse));
-  const Range range = fine_range(coarse, ranks);
+  const Range range = fine_range(coarse, p.a.rank, p.a.tokens * p.a.tokens);
   const int step = sample_step(p.a.tokens);
   sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
     each_key(p, r, row, first, s, [&](uint32_t key) {
@@ -261,11 +260,9 @@ attention_fine(GTP_CONSTANT MapParams p) {
   add_histogram(place.scratch, w.fine + place.head * kBins);
 }
 
-GTP_DEVICE Bracket bracket_of_head(const MapParams& p, const Workspace& w, int64_t head) {
-  const int* const coarse = w.coarse + head * kBins;
-  const int total = total_of(coarse);
-  const SampleRanks ranks = sample_ranks(p.a.rank, p.a.tokens * p.a.tokens, total);
-  return bracket_of(w.fine + head * kBins, fine_range(coarse, ranks), ranks, total);
+GTP_DEVICE Bracket bracket_of_head(const MapParams& p, const Workspace& w, unsigned head) {
+  const int64_t at = static_cast<int64_t>(head) * kBins;
+  return bracket_of(w.coarse + at, w.fine + at, p.a.rank, p.a.tokens * p.a.tokens);
 }
 
 template <class T, int kSize>

@@ -84,16 +84,22 @@ GTP_DEVICE Range fine_range(const int* coarse, SampleRanks ranks) {
   const int width = 32 - leading_zeros(static_cast<uint32_t>(last - first));
   return {static_cast<uint32_t>(first) << kCoarseShift, kCoarseShift - 8 + width, low.bin < 0 ? 0 : low.below};
 }
+GTP_DEVICE Range fine_range(const int* coarse, int64_t rank, int64_t count) {
+  return fine_range(coarse, sample_ranks(rank, count, total_of(coarse)));
+}
 GTP_DEVICE int fine_bin(uint32_t key, const Range& range) {
   const uint32_t bin = (key - range.base) >> range.shift;  // of a lower key, or of kNothing, beyond all bins
   return bin < kBins ? static_cast<int>(bin) : -1;
 }
 
-// [low, high) from both histograms.
+// [low, high) from both histograms of a sample of `count` values; by one warp, as is the range.
 struct Bracket {
   uint32_t low, high;
 };
-GTP_DEVICE Bracket bracket_of(const int* fine, const Range& range, SampleRanks ranks, int total) {
+GTP_DEVICE Bracket bracket_of(const int* coarse, const int* fine, int64_t rank, int64_t count) {
+  const int total = total_of(coarse);
+  const SampleRanks ranks = sample_ranks(rank, count, total);
+  const Range range = fine_range(coarse, ranks);
   const Found low = find_rank(fine, ranks.low - range.below), high = find_rank(fine, ranks.high - range.below);
   Bracket b;
   b.low = ranks.low < 1 ? 0 : low.bin < 0 ? range.base : range.base + (static_cast<uint32_t>(low.bin) << range.shift);
