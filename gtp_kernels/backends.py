@@ -247,7 +247,7 @@ def _covered(classes: tuple[tuple[int, int, int], ...], tokens: int, width: int)
         return any(low <= tokens <= high and width == size for low, high, size in classes)
     from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-    for low, high, size in classes:
+    for low, high, size in classes:  # noqa: SIM110  # torch.compile takes no generator here
         if known(low <= tokens) and known(tokens <= high) and known(width == size):
             return True
     return False
@@ -258,8 +258,8 @@ def evidence() -> tuple[dict[str, Any], ...]:
     """The shape classes for which ``cuda`` was measured to be right and faster than ``triton``.
 
     Each says ``op``, ``capability`` of the device ("9.0"), ``dtype``, ``head_size`` (attention) or ``channels`` (0 for
-    ``select``), ``tokens`` (the lowest and the highest N), ``speedup`` over triton, and the ``file`` and ``commit`` that
-    it was measured with. Written by ``python -m benchmarks.evidence``.
+    ``select``), ``tokens`` (the lowest and the highest N), ``speedup`` over triton, and the ``file`` and ``commit`` of
+    the measurement. Written by ``python -m benchmarks.evidence``.
     """
     return tuple(json.loads(EVIDENCE.read_text()))
 

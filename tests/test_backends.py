@@ -270,7 +270,10 @@ def test_no_skip_is_stale() -> None:
             continue
         files = sorted({pattern.split("::")[0] for pattern, _ in listed})
         # On a GPU the tests have the names that they have in the interpreter.
-        environment = dict(os.environ, TRITON_INTERPRET="0" if way == skips.CPU else "1")
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1" if way in (skips.INTERPRETER, skips.GPU) else "0",
+            "GTP_KERNELS_EMULATE_CUDA": "1" if way in (skips.EMULATION, skips.CUDA) else "0",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files],
             capture_output=True,
