@@ -3,8 +3,8 @@
 Each step is a list of pieces and writes one JSON file, ``benchmarks/results/<device>/<step>.json``, after every piece.
 A step ends after ``--budget`` seconds; run again with the same sources, it goes on where it stopped. Every piece runs
 in a process of its own: a kernel that breaks the device's context takes nothing with it. The native library is built
-first, in place, with CUDA kernels for this device where nvcc is found; without it the ops are defined in Python, and the
-Triton kernels are the same. The backend ``cuda`` is tested, watched and timed beside ``triton`` where it was built.
+first, in place, with CUDA kernels for this device where nvcc is found; without it the ops are defined in Python, and
+the Triton kernels are the same. The backend ``cuda`` is tested, watched and timed beside ``triton`` where it was built.
 ``--dry-run`` runs every step on tiny shapes on the CPU: Triton's kernels in its interpreter, those of ``cuda`` in
 emulation where that was built.
 
@@ -355,7 +355,7 @@ def run_step(
             report["pieces"][name] = {"status": "pending"}
         else:
             # The other steps start processes themselves; a dry run has no context to break.
-            if step in ("ops", "models") and only is None and not context.dry_run:
+            if step in ("ops", "overhead", "models") and only is None and not context.dry_run:
                 piece = partial(_isolated, step, name, context)
             report["pieces"][name] = {**_guarded(piece, left), "took": round(time.monotonic() - start, 1)}
         found = report["pieces"][name]
