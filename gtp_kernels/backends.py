@@ -213,17 +213,19 @@ def choose(
         RuntimeError: the forced backend cannot run it, or the device has no backend; every reason is listed.
     """
     device = tensor.device
+    # What follows is for ``cuda`` alone.
+    if device.type != "cuda" and not native.EMULATED:
+        return _choose(_guard, op, device.type)
     dtype = tensor.dtype if dtype is None else dtype
     needs_grad = op in _DIFFERENTIABLE and torch.is_grad_enabled() and _any_requires_grad(tensor, *others)
-    fits = measured = True
-    # Sizes may be symbols: torch.compile sees the branches on them here, which only exist where the answer counts.
-    if op == "attention" and (device.type == "cuda" or native.EMULATED):
+    fits, measured = True, False
+    # Sizes may be symbols: torch.compile sees the branches on them here.
+    if op == "attention":
         size = tensor.shape[-1]
         if size < 1 or size > _CUDA_MAX_HEAD_SIZE:
             fits = False
-    if device.type == "cuda":
-        classes = _measured_classes(op, dtype, device.index)
-        measured = bool(classes) and _covered(classes, *_sizes(op, tensor, num_prefix))
+    if device.type == "cuda" and (classes := _measured_classes(op, dtype, device.index)):
+        measured = _covered(classes, *_sizes(op, tensor, num_prefix))
     return _choose(_guard, op, device.type, dtype, needs_grad, dense, fits, measured)
 
 
@@ -283,18 +285,18 @@ def _choose(
     guard: str,
     op: str,
     device_type: str,
-    dtype: torch.dtype,
-    needs_grad: bool,
-    dense: bool,
-    size_fits: bool,
-    measured: bool,
+    dtype: torch.dtype | None = None,
+    needs_grad: bool = False,
+    dense: bool = False,
+    size_fits: bool = True,
+    measured: bool = False,
 ) -> str:
-    request = (op, device_type, dtype, needs_grad, dense, size_fits)
     backend = forced()
     if backend is None:
-        backend = _automatic(*request, measured=measured)
-    elif (reason := refusal(backend, *request)) is not None:
-        raise BackendError(f"the forced backend {backend!r} cannot run {op}:\n{_reasons(*request)}", reason)
+        backend = _automatic(op, device_type, dtype, needs_grad, dense, size_fits, measured=measured)
+    elif (reason := refusal(backend, op, device_type, dtype, needs_grad, dense, size_fits)) is not None:
+        reasons = _reasons(op, device_type, dtype, needs_grad, dense, size_fits)
+        raise BackendError(f"the forced backend {backend!r} cannot run {op}:\n{reasons}", reason)
     if backend == "triton":
         importlib.import_module("gtp_kernels.triton")  # defines the operators
     elif backend == "cuda" and native.EMULATED:
