@@ -172,7 +172,7 @@ compile-check: build  ## every Triton kernel to machine code, without a GPU: reg
 compile-check-all: build  ## the same for every supported architecture and every specialisation
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check --all $(ARGS)
 
-gpu:  ## on a GPU: STEP=tests|sanitize|ops|models|tune, one JSON each into benchmarks/results/<device>/
+gpu:  ## on a GPU: STEP=tests|sanitize|ops|overhead|models|tune, one JSON each into benchmarks/results/<device>/
 	@PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(addprefix --step ,$(STEP)) $(ARGS)
 
 readme:  ## the GPU part of README.md from the results in benchmarks/results/<device>/

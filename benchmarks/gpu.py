@@ -1,16 +1,19 @@
-"""``python -m benchmarks.gpu --step tests|sanitize|ops|models|tune``: what there is to do on a machine with a GPU.
+"""``python -m benchmarks.gpu --step tests|sanitize|ops|overhead|models|tune``: what to do on a machine with a GPU.
 
 Each step is a list of pieces and writes one JSON file, ``benchmarks/results/<device>/<step>.json``, after every piece.
 A step ends after ``--budget`` seconds; run again with the same sources, it goes on where it stopped. Every piece runs
-in a process of its own: a kernel that breaks the device's context takes nothing with it. The native library is built in
-place first, where a compiler is found; without it the ops are defined in Python, and the Triton kernels are the same.
-``--dry-run`` runs every step on tiny shapes on the CPU, the kernels in Triton's interpreter.
+in a process of its own: a kernel that breaks the device's context takes nothing with it. The native library is built
+first, in place, with CUDA kernels for this device where nvcc is found; without it the ops are defined in Python, and
+the Triton kernels are the same. The backend ``cuda`` is tested, watched and timed beside ``triton`` where it was built.
+``--dry-run`` runs every step on tiny shapes on the CPU: Triton's kernels in its interpreter, those of ``cuda`` in
+emulation where that was built.
 
 Statuses: passed; failed; refused, where the machine does not let a tool run; absent, where something is not installed;
 none, where there was nothing to run; pending, where time was up. Exits with 1 where something failed, 3 where something
 is pending. Needs Python, torch and Triton; pytest, timm and compute-sanitizer for what is done with them.
 ``GTP_COMMIT`` names the commit where the tree came without its history. ``python -m benchmarks.readme`` makes the
-README's tables of the results, ``python -m benchmarks.tune --apply FILE`` the tiles of a tune.json.
+README's tables of the results, ``python -m benchmarks.evidence`` the choice between ``triton`` and ``cuda``, and
+``python -m benchmarks.tune --apply FILE`` the tiles of a tune.json.
 """
 
 from __future__ import annotations
@@ -36,14 +39,24 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE = ("passed", "none")
-STEPS = ("tests", "sanitize", "ops", "models", "tune")
+STEPS = ("tests", "sanitize", "ops", "overhead", "models", "tune")
+# Timed beside the backend that is forced.
+RIVALS = ("triton", "cuda")
 MODELS = (
-    # model, batch, P
+    # model, batch, P: the paper's Tables 1, 6 and 7, and Table 3 of its supplement
     ("deit_small_patch16_224", 128, 8),
     ("deit_small_patch16_224", 128, 14),
     ("deit_small_patch16_224", 128, 1),
     ("deit_base_patch16_224", 128, 8),
-    ("vit_base_patch8_224", 32, 8),
+    ("vit_base_patch8_224", 32, 30),
+    ("vit_large_patch16_224", 64, 8),
+    ("vit_medium_patch16_gap_256", 128, 8),
+    ("deit_base_patch16_224", 128, 14),
+    ("deit_base_patch16_224", 128, 1),
+    ("vit_base_patch8_224", 32, 50),
+    ("vit_base_patch8_224", 32, 10),
+    ("vit_large_patch16_224", 64, 4),
+    ("vit_medium_patch16_gap_256", 128, 14),
 )
 # The file and the tests of a dry run.
 DRY_TESTS = ("test_select.py", "tie_rule or seeded or empty_batch")
@@ -70,14 +83,20 @@ def pieces(step: str, context: Context) -> Iterator[tuple[str, Piece]]:
         files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
         for name in DRY_TESTS[:1] if context.dry_run else files:
             yield name, partial(_tests, context, name)
+        if context.dry_run:
+            yield f"{DRY_TESTS[0]} cuda", partial(_tests, context, DRY_TESTS[0], emulated=True)
     elif step == "sanitize":
-        yield "smoke", partial(_smoke, context)
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            yield tool, partial(_sanitize, context, tool)
+        for backend in (None, "cuda"):
+            suffix = "" if backend is None else f" {backend}"
+            yield f"smoke{suffix}", partial(_smoke, context, backend=backend)
+            for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+                yield f"{tool}{suffix}", partial(_sanitize, context, tool, backend=backend)
     elif step == "ops":
         for dtype in ("bfloat16", "float32"):
             for op in ("attention", "select", "propagate", "graph"):
                 yield f"{op} {dtype}", partial(_op, context, op, dtype)
+    elif step == "overhead":
+        yield "block", partial(_overhead, context)
     elif step == "models":
         for name, batch, num_prop in MODELS[:1] if context.dry_run else MODELS:
             yield f"{name} P{num_prop}", partial(_model, context, name, batch, num_prop)
@@ -100,9 +119,17 @@ def _run(command: list[str], seconds: float, **environment: str) -> tuple[int | 
     return done.returncode, done.stdout[-4000:]
 
 
-def _tests(context: Context, name: str, seconds: float) -> dict[str, Any]:
+def _cuda_missing(context: Context) -> str | None:
+    from gtp_kernels import native
+
+    return native.emulation_missing() if context.dry_run else native.cuda_missing()
+
+
+def _tests(context: Context, name: str, seconds: float, *, emulated: bool = False) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         return {"status": "absent", "output": "pytest is not installed"}
+    if emulated and (missing := _cuda_missing(context)) is not None:
+        return {"status": "absent", "output": missing}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # The suite has its own run in the interpreter: here some tests show that the counts are read.
@@ -116,7 +143,8 @@ def _tests(context: Context, name: str, seconds: float) -> dict[str, Any]:
                 "worksteal",
             ]  # kernels compile on the cores; one that crashes ends one worker
         # The tests choose their backends themselves.
-        status, output = _run([*command, f"--junitxml={report}"], seconds, GTP_KERNELS_BACKEND="")
+        environment = {"GTP_KERNELS_BACKEND": "", "GTP_KERNELS_EMULATE_CUDA": "1" if emulated else ""}
+        status, output = _run([*command, f"--junitxml={report}"], seconds, **environment)
         counts: dict[str, int] = {}
         if report.is_file():
             for suite in ElementTree.parse(report).getroot().iter("testsuite"):
@@ -136,18 +164,26 @@ def _unfinished(context: Context, seconds: float, output: str) -> dict[str, Any]
     return {"status": status, "output": f"not done after {seconds:.0f} s\n{output}"}
 
 
-def _smoke(context: Context, seconds: float) -> dict[str, Any]:
-    status, output = _run(_smoke_command(context), seconds)
+def _smoke(context: Context, seconds: float, *, backend: str | None = None) -> dict[str, Any]:
+    if backend == "cuda" and (missing := _cuda_missing(context)) is not None:
+        return {"status": "absent", "output": missing}
+    status, output = _run(_smoke_command(context), seconds, **_forcing(backend))
     if status is None:
         return _unfinished(context, seconds, output)
     return {"status": "passed" if status == 0 else "failed", "output": output[-2000:]}
+
+
+def _forcing(backend: str | None) -> dict[str, str]:
+    return {} if backend is None else {"GTP_KERNELS_BACKEND": backend}
 
 
 def _smoke_command(context: Context) -> list[str]:
     return [sys.executable, "-m", "benchmarks.smoke", context.device, *(["--tiny"] if context.dry_run else [])]
 
 
-def _sanitize(context: Context, tool: str, seconds: float) -> dict[str, Any]:
+def _sanitize(context: Context, tool: str, seconds: float, *, backend: str | None = None) -> dict[str, Any]:
+    if backend == "cuda" and (missing := _cuda_missing(context)) is not None:
+        return {"status": "absent", "output": missing}
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     folders = [str(Path(home) / "bin") for home in homes if home]
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -155,7 +191,7 @@ def _sanitize(context: Context, tool: str, seconds: float) -> dict[str, Any]:
         return {"status": "absent", "output": "compute-sanitizer is not installed"}
     command = [program, "--tool", tool, "--error-exitcode", "99", *_smoke_command(context)]
     # torch's allocator would hide reads beyond a tensor.
-    status, output = _run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    status, output = _run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **_forcing(backend))
     if status is None:
         return _unfinished(context, seconds, output)
     clean = re.search(r"(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)", output) is not None
@@ -173,9 +209,20 @@ def _op(context: Context, op: str, dtype: str, seconds: float) -> dict[str, Any]
 
     setting = registry.Setting(torch.device(context.device), getattr(torch, dtype), 8, context.dry_run)
     results = run_cases(
-        registry.OPS[op](setting), setting.device, _ceilings(context, dtype), **_effort(context), dtype=dtype
-    )
+        registry.OPS[op](setting), setting.device, _ceilings(context, dtype), **_effort(context), dtype=dtype,
+        rivals=RIVALS,
+    )  # fmt: skip
     return _timed(context, dtype, results)
+
+
+def _overhead(context: Context, seconds: float) -> dict[str, Any]:
+    import torch
+
+    from benchmarks import overhead, registry
+
+    setting = registry.Setting(torch.device(context.device), torch.bfloat16, 8, context.dry_run)
+    found = overhead.measure(setting, RIVALS, 1 if context.dry_run else 15)
+    return {"status": "passed", "host": found, "output": "\n".join(overhead.lines(found))}
 
 
 def _model(context: Context, name: str, batch: int, num_prop: int, seconds: float) -> dict[str, Any]:
@@ -185,14 +232,16 @@ def _model(context: Context, name: str, batch: int, num_prop: int, seconds: floa
     from benchmarks.models import model_case
     from benchmarks.runner import run_cases
 
-    dtype = "float32" if context.dry_run else "bfloat16"
+    dtype = "bfloat16"
     setting = registry.Setting(torch.device(context.device), getattr(torch, dtype), num_prop, context.dry_run)
     if context.dry_run:
         tiny: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 32, "num_heads": 2}
         case = model_case("vit_tiny_patch16_224", 1, setting, **tiny)
     else:
         case = model_case(name, batch, setting, compile_mode="max-autotune")
-    results = run_cases([case], setting.device, _ceilings(context, dtype), **_effort(context), dtype=dtype)
+    results = run_cases(
+        [case], setting.device, _ceilings(context, dtype), **_effort(context), dtype=dtype, rivals=RIVALS
+    )
     return _timed(context, dtype, results)
 
 
@@ -207,6 +256,8 @@ def _timed(context: Context, dtype: str, results: list[dict[str, Any]]) -> dict[
 
     ran = {backend for result in results for backend in result.get("backends", [])}
     wrong = [f"{result['shape']}: {result['error']}" for result in results if "error" in result]
+    for result in results:
+        wrong += [f"{result['shape']}: {name}: {why}" for name, why in result.get("wrong", {}).items()]
     if not context.dry_run and ran - {"triton", "cuda"}:
         wrong.append(f"ran on {', '.join(sorted(ran))}")
     verdict = {"status": "failed", "output": "\n".join(wrong)} if wrong else {"status": "passed"}
@@ -247,7 +298,7 @@ def _isolated(step: str, name: str, context: Context, seconds: float) -> dict[st
     """The piece, run by a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.gpu", "--step", step, "--only", name, "--output", folder]
-        command += ["--budget", str(seconds), "--backend", os.environ["GTP_KERNELS_BACKEND"]]
+        command += ["--budget", str(seconds), "--backend", os.environ["GTP_KERNELS_BACKEND"] or "auto"]
         status, output = _run(command, seconds)
         if status is None:
             # What was compiled stays in the caches, so that the next attempt gets further.
@@ -259,10 +310,24 @@ def _isolated(step: str, name: str, context: Context, seconds: float) -> dict[st
 
 
 def _build(seconds: float) -> str:
-    """Builds the native library in place; what came of it."""
-    status, output = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], seconds)
+    """Builds the native library in place, for this device's architecture alone; what came of it."""
+    import torch
+
+    architecture = {} if torch.version.hip else {"TORCH_CUDA_ARCH_LIST": _architecture()}
+    status, output = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], seconds, **architecture)
+    if status != 0:
+        return f"not built, exit status {status}\n{output[-1000:]}"
     last = output.strip().splitlines()[-1:] or ["as the sources are"]
-    return f"built ({last[0]})" if status == 0 else f"not built, exit status {status}\n{output[-1000:]}"
+    # This process may hold an older library.
+    asks = "from gtp_kernels import native; print(native.cuda_missing() or 'CUDA kernels built')"
+    return f"built ({last[0]}); {_run([sys.executable, '-c', asks], 120)[1].strip()}"
+
+
+def _architecture() -> str:
+    """``TORCH_CUDA_ARCH_LIST`` for the device that is here, unless it is given."""
+    import torch
+
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*torch.cuda.get_device_capability())
 
 
 def run_step(
@@ -290,7 +355,7 @@ def run_step(
             report["pieces"][name] = {"status": "pending"}
         else:
             # The other steps start processes themselves; a dry run has no context to break.
-            if step in ("ops", "models") and only is None and not context.dry_run:
+            if step in ("ops", "overhead", "models") and only is None and not context.dry_run:
                 piece = partial(_isolated, step, name, context)
             report["pieces"][name] = {**_guarded(piece, left), "took": round(time.monotonic() - start, 1)}
         found = report["pieces"][name]
@@ -314,8 +379,16 @@ def _numbers(found: dict[str, Any]) -> Iterator[str]:
     for result in found.get("results", []):
         medians = result.get("median", {})
         yield f"{result['shape']}: " + ", ".join(f"{name} {value * 1e3:.3f} ms" for name, value in medians.items())
-    if found["status"] not in ("passed", "none") and "output" in found:
-        yield from found["output"].strip().splitlines()[-12:]
+    for name in sorted({name for result in found.get("results", []) for name in RIVALS if name in left_out(result)}):
+        reasons = {left_out(result).get(name) for result in found["results"]} - {None}
+        yield f"{name} left out: {'; '.join(sorted(map(str, reasons)))}"
+    if "host" in found or (found["status"] not in ("passed", "none") and "output" in found):
+        yield from found["output"].strip().splitlines()[-16:]
+
+
+def left_out(result: dict[str, Any]) -> dict[str, str]:
+    """Why some candidates of a case did not run."""
+    return dict(result.get("left_out", {}))
 
 
 def _earlier(path: Path, origin: dict[str, object]) -> dict[str, Any]:
@@ -338,27 +411,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run of this commit found")
     parser.add_argument("--only", metavar="PIECE", help="this piece of the step alone, in this process")
     parser.add_argument("--output", type=Path, help="folder of the JSON files")
-    parser.add_argument("--backend", default="triton", help="which kernels run (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="triton",
+        help="which kernels are ours; auto: what is chosen when nothing is forced (default: %(default)s)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    # Both are read when the package is imported, below.
-    os.environ["GTP_KERNELS_BACKEND"] = options.backend
+    # All are read when the package is imported, below.
+    os.environ["GTP_KERNELS_BACKEND"] = "" if options.backend == "auto" else options.backend
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = os.environ["GTP_KERNELS_EMULATE_CUDA"] = "1"
 
     import torch
-
-    from benchmarks.measure import device_name, slug
 
     if not options.dry_run and not torch.cuda.is_available():
         print("torch sees no CUDA device here; --dry-run tries every step without one", file=sys.stderr)
         return 2
+    if not options.dry_run and options.only is None:
+        print(f"native library: {_build(options.budget)}", flush=True)
+
+    from benchmarks.measure import device_name, slug  # loads the library
+
     folder = options.output
     if folder is None:
         name = "dry-run" if options.dry_run else slug(device_name(torch.device("cuda")))
         folder = ROOT / "build" / name if options.dry_run else ROOT / "benchmarks" / "results" / name
     context = Context(options.dry_run, folder, options.budget)
-    if not options.dry_run and options.only is None:
-        print(f"native library: {_build(options.budget)}", flush=True)
     reports = [
         run_step(step, context, options.budget, fresh=options.fresh, only=options.only)
         for step in options.step or STEPS

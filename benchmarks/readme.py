@@ -23,7 +23,23 @@ CPU_BASELINES = {
     "tome": "ToMe on SDPA, same r",
 }
 MODEL_BASELINES = {"timm": "timm (SDPA)", "slicing": "free slicing", "tome": "ToMe on SDPA, same r"}
-OP_BASELINES = ("sdpa", "sdpa+bias", "definition", "definition compiled", "plain", "add+norm")
+OP_BASELINES = (
+    "cuda",
+    "triton",
+    "sdpa",
+    "sdpa flash",
+    "sdpa cudnn",
+    "sdpa efficient",
+    "sdpa math",
+    "sdpa+bias",
+    "sdpa+sums",
+    "definition",
+    "definition compiled",
+    "kthvalue",
+    "topk",
+    "plain",
+    "add+norm",
+)
 
 Report = dict[str, Any]
 
@@ -100,14 +116,17 @@ def _results(report: Report) -> list[dict[str, Any]]:
 
 
 def _models(results: Iterable[dict[str, Any]]) -> str:
-    head = ["model", "batch", "P", "type", "images/s", *(f"× {label}" for label in MODEL_BASELINES.values())]
+    results = list(results)
+    other = [name for name in ("triton", "cuda") if any(name in result.get("median", {}) for result in results)]
+    names = [*MODEL_BASELINES, *other]
+    head = ["model", "batch", "P", "type", "images/s", *(f"× {MODEL_BASELINES.get(name, name)}" for name in names)]
     rows = []
     for result in results:
         row = [result["model"], str(result["batch"]), str(result["num_prop"]), result["dtype"]]
         if "median" not in result:
-            rows.append([*row, "wrong result", *([""] * len(MODEL_BASELINES))])
+            rows.append([*row, "wrong result", *([""] * len(names))])
             continue
-        ratios = [_times(result, name) for name in MODEL_BASELINES]
+        ratios = [_times(result, name) for name in names]
         rows.append([*row, f"{result['per_second']['ours']:,.0f}", *ratios])
     return "End to end, ×: larger is faster.\n\n" + _table(head, rows)
 

@@ -1,9 +1,10 @@
 """What can be timed: op → inputs, shapes, ours, baselines, the bytes and FLOPs that it must move, and the check.
 
-Baselines: ``sdpa`` is torch's fused attention, which gives no scores (on a GPU also each of its fast backends);
+Baselines: ``sdpa`` is torch's fused attention, which gives no scores (on a GPU also each of its backends);
 ``sdpa+bias`` the same with log token scales; ``definition`` is the plain PyTorch reference, and ``definition compiled``
 the same under torch.compile. A baseline that cannot run on a machine is left out there, with the reason.
-``plain`` is what one would write with torch's own functions.
+``plain`` is what one would write with torch's own functions. On a GPU also: ``sdpa+sums``, where a kernel of its own
+computes the scores of the whole map; ``kthvalue`` and ``topk``, which only find the threshold of a map that is there.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
     if setting.tiny:
         shapes = [(1, 2, 17, 16)]
     elif setting.on_gpu:
-        shapes = [(128, 6, n, 64) for n in (197, 189, 157, 109)] + [(128, 12, 197, 64), (32, 12, 785, 64)]
+        # 43 is what DeiT's last block has at P = 14.
+        shapes = [(128, 6, n, 64) for n in (197, 189, 157, 109, 43)]
+        shapes += [(128, 12, 197, 64), (32, 12, 785, 64), (64, 16, 197, 64), (128, 8, 256, 64)]
     else:
         shapes = [(16, 6, 197, 64), (16, 6, 133, 64), (4, 12, 785, 64)]
     for shape in shapes:
@@ -99,11 +102,18 @@ def _attention_case(setting: Setting, shape: tuple[int, int, int, int], theta: f
     if scales is not None:
         bias = scales.log()[:, None, None].to(q.dtype)
         calls["sdpa+bias"] = lambda: F.scaled_dot_product_attention(q, k, v, bias)
-    if setting.on_gpu and q.element_size() == 2:
-        for name in ("flash", "cudnn"):
+    if setting.on_gpu or setting.tiny:
+        for name in ("flash", "cudnn", "efficient", "math"):
             calls[f"sdpa {name}"] = partial(_sdpa_by, name, q, k, v)
+        calls["sdpa+sums"] = partial(_sdpa_with_scores, q, k, v)
     calls["definition"] = definition
     _add_compiled(setting, calls, definition)
+    if theta < 1 and (setting.on_gpu or setting.tiny):
+        values = reference.attention_map(q, k, scales).float().flatten(2)
+        rank = reference.attention.threshold_rank(num_tokens, theta, "official")
+        calls["kthvalue"] = lambda: values.kthvalue(rank, -1)
+        # The values that stay are fewer than those that go.
+        calls["topk"] = lambda: values.topk(values.shape[-1] - rank + 1, -1, sorted=False)
 
     def check() -> None:
         out, scores = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=theta)
@@ -115,20 +125,39 @@ def _attention_case(setting: Setting, shape: tuple[int, int, int, int], theta: f
 
     name = f"B{batch} H{heads} N{num_tokens} d{size}" + ("" if theta < 1 else " θ=1")
     moved = 4 * q.numel() * q.element_size() + 3 * 4 * batch * heads * num_tokens
-    return Case("attention", name, calls, check, moved, 4 * q.numel() * num_tokens)
+    about = {"tokens": num_tokens, "head_size": size}
+    return Case("attention", name, calls, check, moved, 4 * q.numel() * num_tokens, about=about)
 
 
 def _sdpa_by(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if name == "flash" else SDPBackend.CUDNN_ATTENTION):
+    backend = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }[name]
+    with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def _sdpa_with_scores(q: Tensor, k: Tensor, v: Tensor) -> object:
+    from benchmarks.column_sums import sdpa_with_scores  # Triton is needed here alone
+
+    return sdpa_with_scores(q, k, v)
 
 
 def select_cases(setting: Setting) -> Iterator[Case]:
     """Importance and selection; the baseline is the same by torch.argsort and sort."""
     num_prop = min(setting.num_prop, 8) if setting.tiny else setting.num_prop
-    for batch, heads, num_tokens in [(2, 2, 17)] if setting.tiny else [(128 if setting.on_gpu else 16, 6, 197)]:
+    if setting.tiny:
+        shapes = [(2, 2, 17)]
+    elif setting.on_gpu:
+        shapes = [(128, 6, n) for n in (197, 109, 43)] + [(32, 12, 785)]
+    else:
+        shapes = [(16, 6, 197)]
+    for batch, heads, num_tokens in shapes:
         scores = gtp_kernels.AttentionScores(*setting.rand(3, batch, heads, num_tokens).unbind(0))
 
         def ours(scores: gtp_kernels.AttentionScores = scores) -> tuple[Tensor, Tensor]:
@@ -143,7 +172,8 @@ def select_cases(setting: Setting) -> Iterator[Case]:
         calls: dict[str, Call] = {"ours": ours, "plain": plain}
         moved = 2 * 4 * batch * heads * num_tokens + 8 * batch * (num_tokens - 1)
         shape = f"B{batch} H{heads} N{num_tokens} P{num_prop}"
-        yield Case("select", shape, calls, partial(_same, ours, plain), moved)
+        about = {"tokens": num_tokens, "channels": 0, "arithmetic": "float32"}
+        yield Case("select", shape, calls, partial(_same, ours, plain), moved, about=about)
 
 
 def _same(ours: Callable[[], Any], plain: Callable[[], Any]) -> None:
@@ -156,7 +186,7 @@ def propagate_cases(setting: Setting) -> Iterator[Case]:
     if setting.tiny:
         shapes = [(2, 4, 32)]
     elif setting.on_gpu:
-        shapes = [(128, 14, 384), (128, 14, 768), (32, 28, 768)]
+        shapes = [(128, side, channels) for channels in (384, 768) for side in (14, 10, 6)] + [(32, 28, 768)]
     else:
         shapes = [(16, 14, 384)]
     for shape in shapes:
@@ -191,7 +221,8 @@ def _propagate_case(setting: Setting, batch: int, side: int, channels: int) -> C
     _add_compiled(setting, calls, definition)
     row = batch * channels * x.element_size()
     moved = 2 * num_tokens * row + 2 * (num_tokens - num_prop) * row
-    return Case("propagate", f"B{batch} N{num_tokens} C{channels} P{num_prop}", calls, check, moved)
+    about = {"tokens": num_tokens, "channels": channels}
+    return Case("propagate", f"B{batch} N{num_tokens} C{channels} P{num_prop}", calls, check, moved, about=about)
 
 
 def graph_cases(setting: Setting) -> Iterator[Case]:
@@ -199,7 +230,7 @@ def graph_cases(setting: Setting) -> Iterator[Case]:
     if setting.tiny:
         shapes = [(1, 4, 16)]
     elif setting.on_gpu:
-        shapes = [(128, 14, 384), (32, 28, 768)]
+        shapes = [(128, 14, 384), (128, 14, 768), (32, 28, 768)]
     else:
         shapes = [(16, 14, 384), (4, 28, 768)]
     for batch, side, channels in shapes:
@@ -210,7 +241,8 @@ def graph_cases(setting: Setting) -> Iterator[Case]:
         _add_compiled(setting, calls, definition)
         n, width = side * side, x.element_size()
         moved, flops = x.numel() * width + 8 * ours().numel(), 2 * batch * n * n * channels
-        yield Case("graph", f"B{batch} n{n} C{channels}", calls, partial(_close_graphs, ours, definition), moved, flops)
+        check, about = partial(_close_graphs, ours, definition), {"tokens": n + 1, "channels": channels}
+        yield Case("graph", f"B{batch} n{n} C{channels}", calls, check, moved, flops, about=about)
 
 
 def _edges(build: Callable[..., gtp_kernels.TokenGraph], x: Tensor, side: int) -> Tensor:

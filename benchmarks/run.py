@@ -28,6 +28,9 @@ from benchmarks.models import COMPILE_MODES, model_case
 from benchmarks.registry import OPS, Setting
 from benchmarks.runner import report, run_cases
 
+# On a GPU both are timed: ours is the one that is forced or chosen, the other stands beside it.
+GPU_BACKENDS = ("triton", "cuda")
+
 
 def table_of(results: Iterable[dict[str, Any]], title: str) -> Table:
     """The table that people read."""
@@ -48,6 +51,8 @@ def table_of(results: Iterable[dict[str, Any]], title: str) -> Table:
             quartiles = f"{low * 1e3:.3f} to {high * 1e3:.3f}"
             about = f"{part['share']:.0%} of {part['of']}"
             table.add_row(*head, f"({name})", f"{part['median'] * 1e3:.3f}", quartiles, "", "", about)
+        for name, reason in result.get("wrong", {}).items():
+            table.add_row(*head, name, f"[red]wrong: {reason}")
         for name, reason in result.get("left_out", {}).items():
             table.add_row(*head, name, f"left out: {reason}")
         table.add_section()
@@ -103,7 +108,8 @@ def main(
                 if model
                 else OPS[name](setting)
             )
-            results += run_cases(cases, device, ceilings, rounds=rounds, dtype=dtype, progress=progress)
+            rivals = GPU_BACKENDS if where == "cuda" else ()
+            results += run_cases(cases, device, ceilings, rounds=rounds, dtype=dtype, progress=progress, rivals=rivals)
     name = "CPU" if where == "cpu" else device_name(device)
     console.print(table_of(results, f"{name}, {dtype}"))
     console.print(
@@ -112,7 +118,7 @@ def main(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report(device, ceilings, results, dtype=dtype), indent=1) + "\n")
-    if any("error" in result for result in results):
+    if any("error" in result or "wrong" in result for result in results):
         raise SystemExit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ def run_cases(
     dtype: str,
     warmup: int = 2,
     progress: Callable[[str, float], object] = lambda what, share: None,
+    rivals: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Checks and times cases.
 
     A case whose check fails gets ``error`` and no numbers; a baseline that cannot run is named in ``left_out``.
+    ``rivals`` are backends whose kernels are timed beside ``ours``, which then is the backend that is forced: each is
+    put through the same check, and where that fails it is named in ``wrong``.
     ``progress`` is told what runs, and which share of that case is done.
     """
     results = []
@@ -52,6 +56,22 @@ def run_cases(
                 continue
             result["backends"] = sorted({backend for _, backend in ran} - {"reference"}) or ["reference"]
             calls, left_out = _runnable(case, progress)
+            wrong = {}
+            for name in rivals:
+                if name in result["backends"]:
+                    continue
+                progress(f"checking {what}: {name}", 0.0)
+                call = partial(_forced, name, case.calls["ours"])
+                try:
+                    _forced(name, case.check)
+                    call()
+                except backends.BackendError as error:
+                    left_out[name] = error.reason
+                except Exception as error:
+                    # Wrong numbers, or whatever a launch raises.
+                    wrong[name] = str(error) if isinstance(error, AssertionError) else _reason(error)
+                else:
+                    calls[name] = call
             done, total = 0, len(calls) * (rounds + warmup)
 
             def step(what: str = what, total: int = total) -> None:
@@ -63,6 +83,8 @@ def run_cases(
         spreads = {name: spread for name, spread in everything.items() if name not in case.parts}
         if left_out:
             result["left_out"] = left_out
+        if wrong:
+            result["wrong"] = wrong
         result["seconds"] = {name: spread.samples for name, spread in spreads.items()}
         result["median"] = {name: spread.median for name, spread in spreads.items()}
         result["quartiles"] = {name: [spread.low, spread.high] for name, spread in spreads.items()}
@@ -83,6 +105,11 @@ def run_cases(
             if name in everything and whole in everything
         }
     return results
+
+
+def _forced(backend: str, call: Call) -> object:
+    with backends.use_backend(backend):
+        return call()
 
 
 def _runnable(case: Case, progress: Callable[[str, float], object]) -> tuple[dict[str, Call], dict[str, str]]:

@@ -2,6 +2,9 @@
 
 A backend answers "can you run this?" with a reason. The choice is made in one place, :func:`choose`; a forced backend
 (:func:`use_backend`, or the variable ``GTP_KERNELS_BACKEND``) that cannot run is an error that lists every answer.
+
+On GPU tensors ``triton`` is the default. ``cuda`` comes before it for the shape classes that ``evidence.json`` lists:
+those for which a committed result file shows it correct, and faster than ``triton`` in the same run.
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import threading
 import warnings
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +27,23 @@ from gtp_kernels import native
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("attention", "select", "propagate", "graph")
+EVIDENCE = Path(__file__).with_name("evidence.json")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_DIFFERENTIABLE = ("attention", "propagate")
+# What the CUDA kernels of the attention are built for.
+_CUDA_MAX_HEAD_SIZE = 128
 
 
 class BackendWarning(UserWarning):
     """An automatic choice left the fast path."""
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run an op; ``reason`` says why."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _State(threading.local):
@@ -109,8 +127,25 @@ def forced() -> str | None:
     return _check_name(variable, "GTP_KERNELS_BACKEND") if variable else None
 
 
-def refusal(backend: str, op: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run ``op`` on tensors of ``device_type``; None where it can."""
+def refusal(
+    backend: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    needs_grad: bool = False,
+    dense: bool = False,
+    size_fits: bool = True,
+) -> str | None:
+    """Why ``backend`` cannot run ``op``; None where it can.
+
+    Args:
+        backend, op: one of NAMES, one of OPS.
+        device_type: of the tensors.
+        dtype: theirs; None leaves it open, as each of the following does by default.
+        needs_grad: whether a gradient will be asked for.
+        dense: whether the weight of ``propagate`` is dense.
+        size_fits: whether the attention's head size is one that the CUDA kernels are built for.
+    """
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -120,7 +155,27 @@ def refusal(backend: str, op: str, device_type: str) -> str | None:
         return None if device_type in ("cpu", "meta") else f"it takes CPU tensors; these are on {device_type}"
     if backend == "triton":
         return _triton_refusal(device_type)
-    return f"this version has no CUDA C++ kernel for {op}"
+    missing = native.emulation_missing() if native.EMULATED else native.cuda_missing()
+    return missing or _cuda_refusal(op, device_type, dtype, needs_grad, dense, size_fits)
+
+
+def _cuda_refusal(
+    op: str, device_type: str, dtype: torch.dtype | None, needs_grad: bool, dense: bool, size_fits: bool
+) -> str | None:
+    if native.EMULATED:
+        if device_type != "cpu":
+            return f"its emulation takes CPU tensors; these are on {device_type}"
+    elif device_type != "cuda":
+        return f"it takes GPU tensors; these are on {device_type}"
+    if op == "attention" and dtype not in (None, torch.float16, torch.bfloat16):
+        return f"its attention takes float16 and bfloat16; these are {dtype}"
+    if dtype == torch.float64:
+        return f"it takes no float64 in {op} (triton does)"
+    if not size_fits:
+        return f"its attention takes head sizes from 1 to {_CUDA_MAX_HEAD_SIZE}"
+    if dense:
+        return "it propagates along a TokenGraph and has no kernel for a dense weight (triton has)"
+    return "it has no backward kernels (triton has)" if needs_grad else None
 
 
 @functools.cache
@@ -136,24 +191,116 @@ def _triton_refusal(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"it takes GPU tensors; these are on {device_type}"
 
 
-def choose(op: str, tensor: Tensor) -> str:
+def choose(
+    op: str,
+    tensor: Tensor,
+    *others: Tensor | None,
+    dtype: torch.dtype | None = None,
+    dense: bool = False,
+    num_prefix: int = 0,
+) -> str:
     """The backend that runs ``op`` on tensors like ``tensor``.
+
+    Args:
+        op: one of OPS.
+        tensor: q, [B, N, C] of the residual stream, or scores or importance, whose last size is N.
+        others: what else of the call a gradient may be asked for.
+        dtype: of the arithmetic, where that is not the tensor's.
+        dense: whether the weight of ``propagate`` is dense.
+        num_prefix: what N lacks in ``tensor``.
 
     Raises:
         RuntimeError: the forced backend cannot run it, or the device has no backend; every reason is listed.
     """
-    return _choose(_guard, op, tensor.device.type)
+    device = tensor.device
+    # What follows is for ``cuda`` alone.
+    if device.type != "cuda" and not native.EMULATED:
+        return _choose(_guard, op, device.type)
+    dtype = tensor.dtype if dtype is None else dtype
+    needs_grad = op in _DIFFERENTIABLE and torch.is_grad_enabled() and _any_requires_grad(tensor, *others)
+    fits, measured = True, False
+    # Sizes may be symbols: torch.compile sees the branches on them here.
+    if op == "attention":
+        size = tensor.shape[-1]
+        if size < 1 or size > _CUDA_MAX_HEAD_SIZE:
+            fits = False
+    if device.type == "cuda" and (classes := _measured_classes(op, dtype, device.index)):
+        measured = _covered(classes, *_sizes(op, tensor, num_prefix))
+    return _choose(_guard, op, device.type, dtype, needs_grad, dense, fits, measured)
 
 
-def _choose(guard: str, op: str, device_type: str) -> str:
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110  # a loop costs half of what any() over a generator does
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _sizes(op: str, tensor: Tensor, num_prefix: int) -> tuple[int, int]:
+    """N, and the head size or the channels (0 for ``select``, which has neither)."""
+    if op == "select":
+        return tensor.shape[-1] + num_prefix, 0
+    return tensor.shape[-2], tensor.shape[-1]
+
+
+def _covered(classes: tuple[tuple[int, int, int], ...], tokens: int, width: int) -> bool:
+    """Whether one of the classes (lowest N, highest N, width) has these sizes; a size that is not known is in none."""
+    if not torch.compiler.is_compiling():
+        return any(low <= tokens <= high and width == size for low, high, size in classes)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    for low, high, size in classes:  # noqa: SIM110  # torch.compile takes no generator here
+        if known(low <= tokens) and known(tokens <= high) and known(width == size):
+            return True
+    return False
+
+
+@functools.cache
+def evidence() -> tuple[dict[str, Any], ...]:
+    """The shape classes for which ``cuda`` was measured to be right and faster than ``triton``.
+
+    Each says ``op``, ``capability`` of the device ("9.0"), ``dtype``, ``head_size`` (attention) or ``channels`` (0 for
+    ``select``), ``tokens`` (the lowest and the highest N), ``speedup`` over triton, and the ``file`` and ``commit`` of
+    the measurement. Written by ``python -m benchmarks.evidence``.
+    """
+    return tuple(json.loads(EVIDENCE.read_text()))
+
+
+def _measured_classes(op: str, dtype: torch.dtype, device_index: int | None) -> tuple[tuple[int, int, int], ...]:
+    """(lowest N, highest N, width) of the evidence for this device."""
+    return _classes(op, dtype, device_index) if evidence() else ()
+
+
+@functools.cache
+def _classes(op: str, dtype: torch.dtype, device_index: int | None) -> tuple[tuple[int, int, int], ...]:
+    capability = torch.cuda.get_device_capability(device_index)
+    if not native.has_cuda_code(capability):
+        return ()
+    about = {"op": op, "capability": "{}.{}".format(*capability), "dtype": str(dtype).removeprefix("torch.")}
+    found = [entry for entry in evidence() if about.items() <= entry.items()]
+    return tuple((*entry["tokens"], entry["head_size" if op == "attention" else "channels"]) for entry in found)
+
+
+def _choose(
+    guard: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    needs_grad: bool = False,
+    dense: bool = False,
+    size_fits: bool = True,
+    measured: bool = False,
+) -> str:
     backend = forced()
-    if backend is not None:
-        if refusal(backend, op, device_type) is not None:
-            raise RuntimeError(f"the forced backend {backend!r} cannot run {op}:\n{_reasons(op, device_type)}")
-    else:
-        backend = _automatic(op, device_type)
+    if backend is None:
+        backend = _automatic(op, device_type, dtype, needs_grad, dense, size_fits, measured=measured)
+    elif (reason := refusal(backend, op, device_type, dtype, needs_grad, dense, size_fits)) is not None:
+        reasons = _reasons(op, device_type, dtype, needs_grad, dense, size_fits)
+        raise BackendError(f"the forced backend {backend!r} cannot run {op}:\n{reasons}", reason)
     if backend == "triton":
         importlib.import_module("gtp_kernels.triton")  # defines the operators
+    elif backend == "cuda" and native.EMULATED:
+        importlib.import_module("gtp_kernels.ops._library").load_emulated()
     if _state.recording is not None:
         _state.recording.append((op, backend))
     return backend
@@ -161,27 +308,40 @@ def _choose(guard: str, op: str, device_type: str) -> str:
 
 # What torch.compiler.assume_constant_result sets: the decorator itself would import all of torch._dynamo here.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
+_measured_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _automatic(op: str, device_type: str) -> str:
+def _automatic(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    needs_grad: bool = False,
+    dense: bool = False,
+    size_fits: bool = True,
+    *,
+    measured: bool = False,
+) -> str:
     if device_type == "meta":
         return "cpu"
+    request = (op, device_type, dtype, needs_grad, dense, size_fits)
     order = _ORDER.get(device_type)
     if order is None:
         raise RuntimeError(
             f"no backend runs {op} on {device_type}; the plain PyTorch definition does: "
-            f"with gtp_kernels.use_backend('reference')\n{_reasons(op, device_type)}"
+            f"with gtp_kernels.use_backend('reference')\n{_reasons(*request)}"
         )
+    if measured and device_type == "cuda":
+        order = ("cuda", "triton", "reference")
     for backend in order:
-        if refusal(backend, op, device_type) is None:
+        if refusal(backend, *request) is None:
             if backend == "reference":
-                _warn_once(op, device_type, order[:-1])
+                reasons = "; ".join(f"{name}: {refusal(name, *request)}" for name in order[:-1])
+                _warn_once(op, device_type, reasons)
             return backend
     raise AssertionError("the reference refuses nothing")
 
 
-def _warn_once(op: str, device_type: str, refused: tuple[str, ...]) -> None:
-    reasons = "; ".join(f"{name}: {refusal(name, op, device_type)}" for name in refused)
+def _warn_once(op: str, device_type: str, reasons: str) -> None:
     if reasons in _warned:
         return
     _warned.add(reasons)
@@ -192,5 +352,8 @@ def _warn_once(op: str, device_type: str, refused: tuple[str, ...]) -> None:
     )
 
 
-def _reasons(op: str, device_type: str) -> str:
-    return "\n".join(f"  {name}: {refusal(name, op, device_type) or 'can run'}" for name in NAMES)
+def _reasons(
+    op: str, device_type: str, dtype: torch.dtype | None, needs_grad: bool, dense: bool, size_fits: bool
+) -> str:
+    request = (op, device_type, dtype, needs_grad, dense, size_fits)
+    return "\n".join(f"  {name}: {refusal(name, *request) or 'can run'}" for name in NAMES)

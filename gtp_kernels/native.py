@@ -7,18 +7,28 @@ build information and the raw CPU routines. Both are optional: without them the 
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 LIBRARY = Path(__file__).with_name("libgtp_kernels.so")
+EMULATED_LIBRARY = "libgtp_kernels_cuda_emulated.so"
 HOW_TO_BUILD = (
     "install a C++17 compiler (Debian: apt-get install g++), then, past pip's cache of the pure-Python wheel: "
     "pip cache remove gtp_kernels; GTP_NATIVE=1 pip install --force-reinstall --no-deps gtp-kernels "
     "(in a checkout: . for gtp-kernels). GTP_NATIVE=1 makes pip say what else is missing"
 )
+HOW_TO_BUILD_CUDA = (
+    "with a CUDA toolkit (nvcc), past pip's cache: pip cache remove gtp_kernels; GTP_NATIVE=1 GTP_CUDA=1 "
+    "pip install --force-reinstall --no-deps --no-build-isolation gtp-kernels (in a checkout: . for gtp-kernels)"
+)
+EMULATED = os.environ.get("GTP_KERNELS_EMULATE_CUDA") == "1"
+"""Whether the backend ``cuda`` is its emulation: the same kernels, run on the host on CPU tensors. For tests."""
 
 
 def _load() -> str | None:
@@ -50,3 +60,54 @@ def extension() -> ModuleType | None:
     except ImportError:
         return None
     return _C
+
+
+def build_info() -> dict[str, Any]:
+    """What ``_C`` says of the build; empty where it was not built."""
+    module = extension()
+    return {} if module is None else dict(module.build_info())
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the native library has no CUDA kernels; None where it has."""
+    if missing is not None:
+        return missing
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU and a torch built for CUDA; this one is built for ROCm"
+    # Asked of the dispatcher: the kernels are there even where the build information is not.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("gtp_kernels::attention_with_scores", "CUDA"):
+        return f"{LIBRARY.name} was built without CUDA kernels; build it {HOW_TO_BUILD_CUDA}"
+    return None
+
+
+@functools.cache
+def has_cuda_code(capability: tuple[int, int]) -> bool:
+    """Whether the library has CUDA kernels that a device of this capability runs, as far as it is known."""
+    if cuda_missing() is not None:
+        return False
+    return any(_runs(name, capability) for name in build_info().get("cuda_archs", ()))
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``90-real``, ``90a-real``, ``90-virtual`` or ``90`` (both), as CMake names them, runs there."""
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if match is None:
+        return False
+    built, kind = (int(match[1]), int(match[2])), match[4]
+    if match[3]:
+        return built == capability
+    # Machine code runs on later minors of its major, and what the driver compiles runs on everything later.
+    return built <= capability and (kind != "-real" or built[0] == capability[0])
+
+
+def emulated_library() -> Path:
+    """The library of the emulated CUDA kernels; ``GTP_KERNELS_EMULATED_LIBRARY`` names another."""
+    return Path(os.environ.get("GTP_KERNELS_EMULATED_LIBRARY") or LIBRARY.with_name(EMULATED_LIBRARY))
+
+
+@functools.cache
+def emulation_missing() -> str | None:
+    """Why the emulated CUDA kernels cannot be had; None where they can."""
+    path = emulated_library()
+    return None if path.is_file() else f"its emulation was not built: {path} is not there"

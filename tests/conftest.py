@@ -1,7 +1,9 @@
 """Fixtures of the whole suite: every backend on every op test, NaN in fresh memory, few threads.
 
-One suite runs in three ways: on a CPU (backends ``reference`` and ``cpu``), under ``TRITON_INTERPRET=1`` (``triton`` in
-the interpreter), and on a GPU with ``-m gpu`` (``triton`` on GPU tensors). ``skips.py`` lists what a way leaves out.
+One suite runs in four ways: on a CPU (backends ``reference`` and ``cpu``), under ``TRITON_INTERPRET=1`` (``triton`` in
+the interpreter), under ``GTP_KERNELS_EMULATE_CUDA=1`` (``cuda`` in emulation), and on a GPU with ``-m gpu``
+(``triton``, and ``cuda`` where it was built). ``skips.py`` lists what a way leaves out. A test that asks ``cuda`` for
+what it refuses (``backends.refusal``) is skipped with that reason.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +22,7 @@ from hypothesis import settings
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gtp_kernels import backends
+from gtp_kernels import backends, native
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
@@ -33,14 +36,19 @@ with torch.device("cpu"):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = "cuda"
+REFUSED = pytest.StashKey[bool]()
 
 
 def backend_params() -> list[Any]:
     """The backends that this machine and this process can test."""
+    if native.EMULATED:
+        return ["cuda"]
     if INTERPRETED:
         return ["triton"]
-    gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
-    return ["reference", "cpu", *gpu]
+    gpu = []
+    if torch.cuda.is_available():
+        gpu = ["triton"] if native.cuda_missing() else ["triton", "cuda"]
+    return ["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in gpu)]
 
 
 def on_gpu(item: pytest.Item | Any) -> bool:
@@ -51,9 +59,38 @@ def on_gpu(item: pytest.Item | Any) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        way = skips.INTERPRETER if INTERPRETED else skips.GPU if on_gpu(item) else skips.CPU
-        if (why := skips.reason(way, skips.without_folder(item.nodeid))) is not None:
-            item.add_marker(pytest.mark.skip(reason=why))
+        for way in ways_of(item):
+            if (why := skips.reason(way, skips.without_folder(item.nodeid))) is not None:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def ways_of(item: pytest.Item) -> list[str]:
+    """The lists of ``skips.py`` that a test is looked up in."""
+    cuda = [skips.CUDA] if on_cuda(item) else []
+    if native.EMULATED:
+        return [*cuda, skips.EMULATION]
+    return [*cuda, skips.INTERPRETER if INTERPRETED else skips.GPU if on_gpu(item) else skips.CPU]
+
+
+def on_cuda(item: pytest.Item | Any) -> bool:
+    """Whether a test runs on the backend ``cuda``."""
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """What the backend ``cuda`` refuses is no failure of a test that every backend is put through."""
+    try:
+        return (yield)  # type: ignore[return-value]  # a wrapper
+    except Exception as error:
+        # Found by its text: torch.compile raises an error of its own that quotes it.
+        refused = re.search(
+            r"the forced backend 'cuda' cannot run .*?^  cuda: (.*?)$", str(error), re.DOTALL | re.MULTILINE
+        )
+        if refused is None or not on_cuda(pyfuncitem):
+            raise
+        pyfuncitem.stash[REFUSED] = True
+        pytest.skip(f"refused: {refused[1]}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -80,7 +117,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs the test on each backend, and asserts that this backend, and no other, was chosen.
 
     Where that is on a GPU, the test's tensors are made there. Random ones of a given generator are drawn on the CPU, so
-    that their values are those of the other backends, and index values are checked, as they are on a CPU.
+    that their values are those of the other backends, and index values are checked, as they are on a CPU. ``cuda`` has
+    no backward, and would refuse what asks for gradients: its tests run without.
     """
     name = request.param
     device: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -89,9 +127,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for draw in (torch.rand, torch.randn, torch.randint):
             monkeypatch.setattr(torch, draw.__name__, drawn_on_cpu(draw))
         device = torch.device(GPU)
-    with device, backends.use_backend(name), backends.record() as ran:
+    gradients = torch.set_grad_enabled(name != "cuda")
+    with gradients, device, backends.use_backend(name), backends.record() as ran:
         yield name
         assert {chosen for _, chosen in ran} <= {name}
+        if request.node.stash.get(REFUSED, False):
+            return
         assert ran or request.node.get_closest_marker("no_op_runs"), "the test ran no op"
 
 

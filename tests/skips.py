@@ -11,7 +11,11 @@ import re
 INTERPRETER = "interpreter"
 """``TRITON_INTERPRET=1``: the backend ``triton`` on CPU tensors."""
 GPU = "gpu"
-"""The tests marked ``gpu``: the backend ``triton`` on GPU tensors."""
+"""The tests marked ``gpu``: the backends ``triton`` and ``cuda`` on GPU tensors."""
+EMULATION = "emulation"
+"""``GTP_KERNELS_EMULATE_CUDA=1``: the backend ``cuda`` on CPU tensors."""
+CUDA = "cuda"
+"""The backend ``cuda``, on GPU tensors and in emulation."""
 CPU = "cpu"
 """Everything else: the backends ``reference`` and ``cpu``."""
 
@@ -102,6 +106,11 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     GPU: [],
+    EMULATION: [],
+    CUDA: [
+        ("test_attention.py::test_backward_matches_the_definition[cuda-*]", "it has no backward"),
+        ("test_patch_timm.py::test_gradients[cuda-*]", "it has no backward"),
+    ],
 }
 
 

@@ -24,7 +24,13 @@ OPERATOR_BACKENDS = [name for name in backend_params() if name != "reference"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+def usual() -> torch.dtype:
+    """The type of tests that are about something else: float32, or float16 for the backend that takes halves only."""
+    return torch.float16 if backends.forced() == "cuda" else torch.float32
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+    dtype = usual() if dtype is None else dtype
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
     scales = 0.5 + 2 * torch.rand(shape[0], shape[2], generator=generator)
@@ -119,7 +125,7 @@ def test_strided_views_and_layout(backend: str, dtype: torch.dtype) -> None:
 def test_kept_count_is_exact(backend: str, num_tokens: int, semantics: str, sparsity: float) -> None:
     # With the identity as v, out is the thresholded map itself.
     q, k, _, scales = inputs((2, 3, num_tokens, num_tokens), seed=3)
-    v = torch.eye(num_tokens).expand(2, 3, -1, -1)
+    v = torch.eye(num_tokens, dtype=usual()).expand(2, 3, -1, -1)
     out, _ = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=sparsity, semantics=semantics)
     rank = threshold_rank(num_tokens, sparsity, semantics)
     expected = num_tokens**2 - max(rank - 1, 0)
@@ -131,10 +137,10 @@ def test_kept_count_is_exact(backend: str, num_tokens: int, semantics: str, spar
 def test_ties_at_the_threshold_all_stay(backend: str) -> None:
     # Logits 0 and log 3, as many of each in every row: the values are 1/(2N) and 3/(2N), each tied exactly.
     num_tokens = 32
-    k = torch.zeros(1, 1, num_tokens, num_tokens)
+    k = torch.zeros(1, 1, num_tokens, num_tokens, dtype=usual())
     k[:, :, ::2, 0] = math.log(3.0)
-    q = torch.ones(1, 1, num_tokens, num_tokens)
-    v = torch.eye(num_tokens)[None, None]
+    q = torch.ones(1, 1, num_tokens, num_tokens, dtype=usual())
+    v = torch.eye(num_tokens, dtype=usual())[None, None]
     for sparsity, kept in ((0.4, 0.5), (0.5, 0.5), (0.6, 1.0)):
         out, _ = gtp_kernels.attention_with_scores(q, k, v, scale=1.0, sparsity=sparsity, semantics="paper")
         assert int((out > 0).sum()) == int(kept * num_tokens**2), sparsity
@@ -143,7 +149,7 @@ def test_ties_at_the_threshold_all_stay(backend: str) -> None:
 def test_limits_of_the_sparsity(backend: str) -> None:
     num_tokens = 20
     q, k, _, scales = inputs((1, 2, num_tokens, num_tokens), seed=4)
-    v = torch.eye(num_tokens).expand(1, 2, -1, -1)
+    v = torch.eye(num_tokens, dtype=usual()).expand(1, 2, -1, -1)
     for sparsity, kept in ((1e-9, 1), (1 / num_tokens**2, 1), (1 - 1e-9, num_tokens**2), (1.0, num_tokens**2)):
         out, _ = gtp_kernels.attention_with_scores(q, k, v, scales, sparsity=sparsity, semantics="paper")
         assert (out > 0).sum((-1, -2)).tolist() == [[kept, kept]], sparsity
@@ -199,8 +205,8 @@ def test_a_sample_that_misleads(backend: str, sparsity: float, dtype: torch.dtyp
 
 
 def test_all_equal_map_stays_whole(backend: str) -> None:
-    q = torch.zeros(1, 2, 50, 8)
-    v = torch.ones(1, 2, 50, 8)
+    q = torch.zeros(1, 2, 50, 8, dtype=usual())
+    v = torch.ones(1, 2, 50, 8, dtype=usual())
     out, scores = gtp_kernels.attention_with_scores(q, q, v, sparsity=0.01)
     close(out, v)
     close(scores.colsum, torch.ones(1, 2, 50))
@@ -240,7 +246,7 @@ def test_half_scales_are_taken(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 2, 9, 4), (2, 0, 9, 4)])
 def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
-    q = torch.zeros(shape)
+    q = torch.zeros(shape, dtype=usual())
     out, scores = gtp_kernels.attention_with_scores(q, q, q, sparsity=0.6)
     assert out.shape == shape
     assert scores.diag.shape == shape[:3]
@@ -314,7 +320,8 @@ def test_backward_matches_the_definition(backend: str, dtype: torch.dtype, spars
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     q, k, v, scales = inputs((2, 2, 11, 8), dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    # What has no backward is checked without.
+    leaves = [t.requires_grad_(torch.is_grad_enabled()) for t in (q, k, v)]
     operator = _library.operators(backends.choose("attention", q)).attention_with_scores
     torch.library.opcheck(operator, (*leaves, scales.to(wide), 0.6, 0.3, "official"))
 

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skips
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import gtp_kernels
 from gtp_kernels import backends, info, native
@@ -81,7 +85,7 @@ def test_a_forced_backend_that_cannot_run_lists_every_reason() -> None:
         gtp_kernels.attention_with_scores(Q, Q, Q)
     for name in backends.NAMES:
         assert f"{name}: " in str(error.value)
-    assert "this version has no CUDA C++ kernel for attention" in str(error.value)
+    assert native.cuda_missing() is None or str(native.cuda_missing()) in str(error.value)
 
 
 def test_a_device_without_a_backend_offers_the_reference() -> None:
@@ -113,6 +117,219 @@ def test_gpu_tensors_without_triton_run_the_reference_and_say_why(monkeypatch: p
     backends._warned.clear()
     with pytest.warns(gtp_kernels.BackendWarning, match="triton is not installed"):
         assert backends._automatic("attention", "cuda") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "request_", "reason"),
+    [
+        ("attention", {"dtype": torch.bfloat16}, None),
+        ("attention", {"dtype": torch.float32}, "its attention takes float16 and bfloat16; these are torch.float32"),
+        ("attention", {"size_fits": False}, "its attention takes head sizes from 1 to 128"),
+        ("attention", {"needs_grad": True}, "it has no backward kernels (triton has)"),
+        ("select", {"dtype": torch.float32}, None),
+        ("select", {"dtype": torch.float64}, "it takes no float64 in select (triton does)"),
+        ("propagate", {"dense": True}, "it propagates along a TokenGraph and has no kernel for a dense weight"),
+        ("graph", {"dtype": torch.float16}, None),
+    ],
+)
+def test_what_cuda_refuses(
+    op: str, request_: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native, "cuda_missing", lambda: None)
+    assert "it takes GPU tensors" in str(backends.refusal("cuda", op, "cpu", **request_))
+    answer = backends.refusal("cuda", op, "cuda", **request_)
+    assert answer is None if reason is None else reason in str(answer)
+    # What it refuses runs on triton, preferred or not.
+    assert backends._automatic(op, "cuda", **request_) == "triton"
+    assert backends._automatic(op, "cuda", **request_, measured=True) == ("triton" if reason else "cuda")
+
+
+def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native, "cuda_missing", lambda: "no such kernels")
+    assert backends.refusal("cuda", "graph", "cuda") == "no such kernels"
+
+
+def test_cuda_needs_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "it needs an NVIDIA GPU" in str(native.cuda_missing.__wrapped__())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0)]),
+        ("90-virtual", [(9, 0), (10, 0), (12, 0)], [(8, 9)]),
+        ("90", [(9, 0), (12, 0)], [(8, 9)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
+        ("100-real", [(10, 0), (10, 3)], [(12, 0)]),
+        ("native", [], [(9, 0)]),
+    ],
+)
+def test_which_devices_the_built_code_runs_on(
+    architecture: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(native._runs(architecture, capability) for capability in runs)
+    assert not any(native._runs(architecture, capability) for capability in does_not)
+
+
+def entry(op: str, tokens: list[int], dtype: str = "bfloat16", capability: str = "9.0", **width: int) -> dict[str, Any]:
+    about = {"speedup": 1.5, "file": "benchmarks/results/nvidia-h200/ops.json", "commit": "abc1234"}
+    return {"op": op, "capability": capability, "dtype": dtype, "tokens": tokens, **width, **about}
+
+
+EVIDENCE = (
+    entry("attention", [100, 197], head_size=64),
+    entry("attention", [100, 197], head_size=32, capability="8.0"),
+    entry("select", [197, 197], "float32", channels=0),
+    entry("propagate", [37, 197], channels=384),
+)
+
+
+@pytest.fixture
+def measured_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """A mode in which tensors on a GPU of capability 9.0 can be made, for which there is evidence."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(native, "has_cuda_code", lambda capability: True)
+    monkeypatch.setattr(native, "cuda_missing", lambda: None)
+    monkeypatch.setattr(backends, "evidence", lambda: EVIDENCE)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip("triton")
+    backends._classes.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        yield mode
+    backends._classes.cache_clear()
+
+
+def test_evidence_decides_by_shape_class(measured_gpu: FakeTensorMode) -> None:
+    def chosen(op: str, *shape: int, dtype: torch.dtype = torch.bfloat16, **more: Any) -> str:
+        return backends.choose(op, torch.empty(shape, device="cuda", dtype=dtype), **more)
+
+    assert [chosen("attention", 2, 6, n, 64) for n in (99, 100, 150, 197, 198)] == [
+        "triton", "cuda", "cuda", "cuda", "triton",
+    ]  # fmt: skip
+    assert chosen("attention", 2, 6, 150, 32) == "triton"  # measured on another device
+    assert chosen("attention", 2, 6, 150, 64, dtype=torch.float16) == "triton"
+    assert chosen("select", 2, 6, 197, dtype=torch.float32) == "cuda"
+    assert chosen("select", 2, 196, dtype=torch.float32, num_prefix=1) == "cuda"
+    assert chosen("select", 2, 197, dtype=torch.float32, num_prefix=1) == "triton"
+    assert chosen("propagate", 2, 197, 384) == "cuda"
+    assert chosen("propagate", 2, 197, 384, dense=True) == "triton"
+    assert chosen("propagate", 2, 197, 768) == "triton"
+    assert chosen("graph", 2, 197, 384) == "triton"
+    with gtp_kernels.use_backend("reference"):
+        assert chosen("attention", 2, 6, 150, 64) == "reference"
+    leaf = torch.empty(2, 6, 150, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert backends.choose("attention", leaf.detach(), leaf) == "triton"
+    with torch.no_grad():
+        assert backends.choose("attention", leaf) == "cuda"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_evidence_in_exported_code(measured_gpu: FakeTensorMode, strict: bool) -> None:
+    """A size that is not known when code is compiled is in no shape class, and is not pinned by asking."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return gtp_kernels.attention_with_scores(q, q, q, sparsity=0.6)[0]
+
+    def chosen(tokens: int, dynamic: int | None) -> str:
+        q = torch.empty(2, 6, tokens, 64, device="cuda", dtype=torch.bfloat16)
+        shapes = None if dynamic is None else ({dynamic: torch.export.Dim.DYNAMIC},)
+        torch._dynamo.reset()
+        with torch.no_grad(), backends.record() as ran:
+            torch.export.export(Attend(), (q,), dynamic_shapes=shapes, strict=strict)
+        ((_, name),) = set(ran)
+        return name
+
+    assert chosen(150, None) == "cuda"
+    assert chosen(99, None) == "triton"
+    assert chosen(150, 0) == "cuda"
+    assert chosen(150, 2) == "triton"
+
+
+def test_without_evidence_no_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(device: object = None) -> tuple[int, int]:
+        raise AssertionError("a device was asked")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", never)
+    monkeypatch.setattr(backends, "evidence", lambda: ())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert backends.choose("graph", torch.empty(2, 9, 4, device="cuda")) in ("triton", "reference")
+
+
+def test_the_packaged_evidence_is_well_formed() -> None:
+    for found in backends.evidence():
+        assert found["op"] in backends.OPS
+        assert ("head_size" in found) == (found["op"] == "attention")
+        assert ("channels" in found) == (found["op"] != "attention")
+        assert found["tokens"][0] <= found["tokens"][1]
+        assert found["speedup"] > 1
+        assert getattr(torch, found["dtype"]).is_floating_point
+        assert found["file"].startswith("benchmarks/results/")
+
+
+def test_info_says_which_file_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "evidence", lambda: EVIDENCE)
+    assert info.choice("graph") == ["triton: no result file prefers cuda"]
+    assert info.choice("attention")[0] == (
+        "cuda on sm_90 for bfloat16, head size 64, 100 to 197 tokens: 1.50 times as fast as triton "
+        "(benchmarks/results/nvidia-h200/ops.json, commit abc1234)"
+    )
+    assert info.choice("attention")[-1] == "triton otherwise"
+    assert "384 channels, 37 to 197 tokens" in info.text(info.report())
+
+
+def test_the_emulation_takes_cpu_tensors_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "EMULATED", True)
+    monkeypatch.setattr(native, "emulation_missing", lambda: None)
+    assert backends.refusal("cuda", "graph", "cpu") is None
+    assert "its emulation takes CPU tensors" in str(backends.refusal("cuda", "graph", "cuda"))
+    assert backends._automatic("graph", "cpu") == "cpu"
+    assert _library.operators("cpu") is torch.ops.gtp_kernels
+    assert _library.operators("cuda") is torch.ops.gtp_kernels_cuda_emulated
+    monkeypatch.setattr(native, "EMULATED", False)
+    assert _library.operators("cuda") is torch.ops.gtp_kernels
+
+
+def test_an_emulation_that_was_not_built_is_refused(tmp_path: Path) -> None:
+    code = """
+import torch, gtp_kernels
+q = torch.zeros(1, 1, 3, 8, dtype=torch.float16)
+gtp_kernels.attention_with_scores(q, q, q)
+"""
+    path = tmp_path / "none.so"
+    done = run_python(
+        code, GTP_KERNELS_BACKEND="cuda", GTP_KERNELS_EMULATE_CUDA="1", GTP_KERNELS_EMULATED_LIBRARY=str(path)
+    )
+    assert f"cuda: its emulation was not built: {path} is not there" in done.stderr
+
+
+@pytest.mark.skipif(not native.emulated_library().is_file(), reason="the emulated CUDA kernels were not built")
+def test_the_emulated_operators_are_complete() -> None:
+    """Schemas, fake kernels and compilation of the emulated operators."""
+    code = """
+import torch, gtp_kernels
+from gtp_kernels import backends
+from gtp_kernels.ops import _library
+q = torch.randn(1, 2, 9, 8).half()
+step = lambda q: gtp_kernels.attention_with_scores(q, q, q, sparsity=0.6)[0]
+with backends.record() as ran, torch.no_grad():
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), step(q))
+assert {name for _, name in ran} == {"cuda"}, ran
+for schema in _library.SCHEMAS:
+    name = schema.split("(")[0]
+    full = f"gtp_kernels_cuda_emulated::{name}"
+    if hasattr(torch.ops.gtp_kernels_cuda_emulated, name):
+        assert str(torch._C._get_schema(full, "")) == str(torch._C.parse_schema(f"gtp_kernels_cuda_emulated::{schema}"))
+print("fine")
+"""
+    done = run_python(code, GTP_KERNELS_BACKEND="cuda", GTP_KERNELS_EMULATE_CUDA="1")
+    assert done.stdout.strip() == "fine", done.stderr
 
 
 def test_the_interpreter_takes_cpu_tensors_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +423,9 @@ def test_import_is_light() -> None:
 def test_info_prints_reasons_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main([]) == 0
     printed = capsys.readouterr().out
-    assert "this version has no CUDA C++ kernel for attention" in printed
-    assert "triton: the default on GPU tensors" in printed
+    assert "attention    cpu     cuda" in printed
+    assert native.cuda_missing() is None or f"cuda kernels missing: {native.cuda_missing()}" in printed
+    assert "triton: compiled ahead of time" in printed
     assert info.main(["--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["ops"]["attention"]["cpu"]["cpu"] is None
@@ -269,7 +487,10 @@ def test_no_skip_is_stale() -> None:
             continue
         files = sorted({pattern.split("::")[0] for pattern, _ in listed})
         # On a GPU the tests have the names that they have in the interpreter.
-        environment = dict(os.environ, TRITON_INTERPRET="0" if way == skips.CPU else "1")
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1" if way in (skips.INTERPRETER, skips.GPU) else "0",
+            "GTP_KERNELS_EMULATE_CUDA": "1" if way in (skips.EMULATION, skips.CUDA) else "0",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files],
             capture_output=True,

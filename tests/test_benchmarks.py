@@ -13,7 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, lines, measure, models, readme, registry, runner, tome, training, tune
+from benchmarks import (
+    evidence,
+    gpu,
+    lines,
+    measure,
+    models,
+    overhead,
+    readme,
+    registry,
+    runner,
+    smoke,
+    tome,
+    training,
+    tune,
+)
 from gtp_kernels import backends
 
 testing = pytest.importorskip("click.testing")
@@ -143,6 +157,180 @@ def test_one_case_that_breaks_does_not_take_the_others() -> None:
     assert good["parts"]["p"]["of"] == "plain"
     assert told[0] == ("checking op bad", 0.0)
     assert told[-1] == ("timing op good", 1.0)
+
+
+def test_rivals_are_checked_and_timed_beside_ours() -> None:
+    ran: list[str | None] = []
+
+    def ours() -> None:
+        ran.append(backends.forced())
+        backends.choose("graph", torch.empty(1, 3, 4))
+
+    def check() -> None:
+        ours()
+        if backends.forced() == "triton":
+            raise AssertionError("out: relative error 1")
+
+    case = registry.Case("graph", "shape", {"ours": ours}, check)
+    with backends.use_backend("cpu"):
+        (result,) = runner.run_cases(
+            [case], CPU.device, CEILINGS, rounds=2, dtype="float32", rivals=("cpu", "reference", "triton", "cuda")
+        )
+    assert result["backends"] == ["cpu"]
+    assert list(result["median"]) == ["ours", "reference"]
+    assert result["ratio"]["reference"] > 0
+    assert set(ran) >= {"cpu", "reference"}
+    # Where the process has emulated or interpreted kernels they run; else the reason is theirs, not the whole list.
+    for name in ("triton", "cuda"):
+        assert name in result.get("wrong", {}) or "can run" not in result["left_out"][name]
+
+
+def test_wrong_rivals_are_not_timed() -> None:
+    def check() -> None:
+        if backends.forced() == "reference":
+            raise AssertionError("out: relative error 1")
+
+    def breaks() -> None:
+        if backends.forced() == "cpu":
+            raise RuntimeError("an illegal access\nand more")
+
+    case = registry.Case("op", "shape", {"ours": breaks}, check)
+    (result,) = runner.run_cases([case], CPU.device, CEILINGS, rounds=1, dtype="float32", rivals=("cpu",))
+    assert result["wrong"] == {"cpu": "RuntimeError: an illegal access"}
+    case = registry.Case("op", "shape", {"ours": lambda: backends.choose("op", torch.empty(0))}, check)
+    (result,) = runner.run_cases([case], CPU.device, CEILINGS, rounds=1, dtype="float32", rivals=("reference",))
+    assert result["wrong"] == {"reference": "out: relative error 1"}
+    assert "reference" not in result["median"]
+    context = gpu.Context(True, Path())
+    assert gpu._timed(context, "float32", [result])["status"] == "failed"
+
+
+def test_the_scores_beside_sdpa_are_right() -> None:
+    pytest.importorskip("triton")
+    code = """
+import torch
+from benchmarks.column_sums import sdpa_with_scores
+from gtp_kernels import reference
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    for tokens, size in ((17, 16), (130, 24)):
+        qkv = torch.randn(2, tokens, 3, 3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out, scores = reference.attention_with_scores(q, k, v)
+        for ours, expected in zip(sdpa_with_scores(q, k, v), (out, *scores), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+print("fine")
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_the_threshold_of_a_stored_map() -> None:
+    """``kthvalue`` and ``topk`` find one threshold: the baselines do what they are there for."""
+    case = next(case for case in registry.attention_cases(CPU) if "kthvalue" in case.calls)
+    smallest, largest = case.calls["kthvalue"](), case.calls["topk"]()
+    assert torch.equal(smallest.values, largest.values.amin(-1))  # type: ignore[attr-defined]  # what torch returns
+
+
+def test_the_host_time_of_a_block() -> None:
+    found = overhead.measure(CPU, ("cpu", "cuda"), rounds=2)
+    steps = ["attention", "importance", "selection", "residual step", "block", "graph, once"]
+    assert list(found["cpu"]) == steps
+    assert found["cpu"]["block"]["median"] > 0
+    assert found["cpu"]["block"]["launches"] is None
+    assert "cuda" in found["left_out"] or list(found["cuda"]) == steps
+    text = "\n".join(overhead.lines(found))
+    assert "cpu: block: " in text
+    assert "unpatched: block: " in text
+
+
+def test_smoke_runs_every_op() -> None:
+    assert smoke.smoke(CPU.device, (17,)) == 16
+
+
+def ops_report(*results: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return gpu_report("ops", {"attention bfloat16": {"status": "passed", "results": list(results)}}, **more)
+
+
+def measured(tokens: int, speedup: float | None, **more: Any) -> dict[str, Any]:
+    ratio = {"sdpa": 0.8, **({} if speedup is None else {"cuda": speedup})}
+    about = {"tokens": tokens, "head_size": 64, "backends": ["triton"]}
+    return timed("attention", f"N{tokens}", ratio, **{**about, **more})
+
+
+def write_report(folder: Path, report: dict[str, Any], name: str = "nvidia-h200/ops.json") -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(report))
+
+
+def test_evidence_lists_what_was_won(tmp_path: Path) -> None:
+    write_report(
+        tmp_path,
+        ops_report(
+            measured(197, 1.5), measured(43, 1.2), measured(109, 1.3), measured(109, 1.25),
+            measured(785, 1.4),  # more than three times 197: a class of its own
+            measured(197, 1.4, head_size=32), measured(109, 0.9, head_size=32),
+            measured(197, 1.01, head_size=80),  # too little
+            measured(197, None, head_size=96, wrong={"cuda": "relative error 1"}),
+            measured(197, 2.0, head_size=128), measured(197, None, head_size=128, left_out={"cuda": "not built"}),
+            {**measured(1, 3.0), "case": "select", "tokens": 197, "channels": 0, "arithmetic": "float32"},
+            {"case": "graph", "shape": "B2", "dtype": "bfloat16", "error": "differs"},
+        ),
+    )  # fmt: skip
+    write_report(tmp_path, ops_report(measured(300, 9.0), dry_run=True), "dry/ops.json")
+    write_report(tmp_path, {"device": "x86_64", "results": [measured(300, 9.0)]}, "cpu/ops.json")
+    file = {"file": "benchmarks/results/nvidia-h200/ops.json", "commit": "abc1234"}
+    about = {"op": "attention", "capability": "9.0", "dtype": "bfloat16"}
+    found = [entry for entry in evidence.entries(tmp_path) if entry["op"] == "attention"]
+    assert found == [
+        {**about, "head_size": 32, "tokens": [197, 197], "speedup": 1.4, **file},
+        {**about, "head_size": 64, "tokens": [43, 197], "speedup": 1.2, **file},
+        {**about, "head_size": 64, "tokens": [785, 785], "speedup": 1.4, **file},
+    ]
+
+
+def test_evidence_of_other_ops_and_of_a_run_of_cuda(tmp_path: Path) -> None:
+    common = {"backends": ["cuda"], "tokens": 197}
+    write_report(
+        tmp_path,
+        ops_report(
+            timed("select", "N197", {"triton": 0.5}, channels=0, arithmetic="float32", **common),
+            timed("propagate", "N197", {"triton": 2.0}, channels=384, **common),
+            timed("graph", "N197", {"triton": 0.8}, channels=384, **common),
+        ),
+    )
+    found = {entry["op"]: entry for entry in evidence.entries(tmp_path)}
+    assert set(found) == {"select", "graph"}
+    assert (found["select"]["dtype"], found["select"]["channels"], found["select"]["speedup"]) == ("float32", 0, 2.0)
+    assert (found["graph"]["dtype"], found["graph"]["channels"]) == ("bfloat16", 384)
+
+
+def test_the_packaged_evidence_is_what_the_tool_writes() -> None:
+    assert evidence.PATH.read_text() == evidence.written(ROOT / "benchmarks" / "results")
+    assert evidence.main(["--check"]) == 0
+    assert backends.EVIDENCE == evidence.PATH
+
+
+def test_every_timed_op_says_its_shape_class() -> None:
+    for op, cases in registry.OPS.items():
+        for case in cases(CPU):
+            assert case.about["tokens"] > 0
+            assert ("head_size" in case.about) == (op == "attention")
+            assert ("channels" in case.about) == (op != "attention")
+
+
+def test_what_was_not_built_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = gpu.Context(True, Path())
+    monkeypatch.setattr(gpu, "_cuda_missing", lambda context: "not built")
+    absent = {"status": "absent", "output": "not built"}
+    assert gpu._smoke(context, 1, backend="cuda") == absent
+    assert gpu._sanitize(context, "memcheck", 1, backend="cuda") == absent
+    assert gpu._tests(context, "test_select.py", 1, emulated=True) == absent
+    names = [name for name, _ in gpu.pieces("sanitize", context)]
+    assert {"smoke", "memcheck", "smoke cuda", "memcheck cuda", "synccheck cuda", "initcheck cuda"} <= set(names)
 
 
 def test_run_writes_what_plot_draws(tmp_path: Path) -> None:
@@ -277,7 +465,8 @@ def timed(case: str, shape: str, ratio: dict[str, float], **more: object) -> dic
 
 def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     about = {"model": "deit_small_patch16_224", "batch": 128, "num_prop": 8}
-    model = timed("deit", "B128 P8", {"timm": 0.5, "slicing": 1.0, "tome": 0.8}, per_second={"ours": 43210.0}, **about)
+    ratio = {"timm": 0.5, "slicing": 1.0, "tome": 0.8, "cuda": 1.25}
+    model = timed("deit", "B128 P8", ratio, per_second={"ours": 43210.0}, **about)
     wrong = {"case": "graph", "shape": "B2", "dtype": "bfloat16", "error": "differs"}
     op = timed("attention", "B128 N197", {"sdpa": 0.8}, ceiling_share=0.61)
     reports = {
@@ -297,7 +486,7 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     assert set(found) == {"nvidia-h200"}
     text = readme.render(found)
     assert "**NVIDIA H200**, driver 580.1, CUDA 13.0, torch 2.11.0, Triton 3.6.0; commit abc1234" in text
-    assert "| deit_small_patch16_224 | 128 | 8 | bfloat16 | 43,210 | 2.00 | 1.00 | 1.25 |" in text
+    assert "| deit_small_patch16_224 | 128 | 8 | bfloat16 | 43,210 | 2.00 | 1.00 | 1.25 | 0.80 |" in text
     assert "| attention | B128 N197 | bfloat16 | 20.0 | 1.25 | 61% |" in text
     assert "| graph | B2 | bfloat16 | wrong result |" in text
     assert "tests: 7 ran, 0 failed" in text

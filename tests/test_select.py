@@ -219,7 +219,7 @@ def test_empty_batch_and_single_token(backend: str) -> None:
 @pytest.mark.parametrize("backend", OPERATOR_BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    ops = _library.operators(backends.choose("select", torch.empty(0)))
+    ops = _library.operators(backends.choose("select", torch.empty(0, dtype=dtype)))
     scores = scores_of(2, 3, 12, dtype)
     torch.library.opcheck(ops.token_importance, (*scores, "MixedAttnMax", 1, "paper"))
     for order in checks.ORDERS:

@@ -23,7 +23,7 @@ OF_EAGER = 2.0
 
 def rounds_weights(backend: str | None, dtype: torch.dtype) -> bool:
     """Whether the backend's attention of this type may: where its products take two half operands."""
-    return (backend == "triton" and dtype.itemsize == 2) or (backend == "cpu" and dtype == torch.bfloat16)
+    return (backend in ("triton", "cuda") and dtype.itemsize == 2) or (backend == "cpu" and dtype == torch.bfloat16)
 
 
 def close(actual: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> None:

@@ -3,7 +3,8 @@
 With the native library, C++ has defined the operators already and holds their CPU kernels; without it they are
 defined here from the same ``schemas.txt`` and run the reference. The Triton kernels are operators of the same names and
 schemas in a namespace of their own, so that torch.compile sees through them to the kernels; they come into being when
-``gtp_kernels.triton`` is first needed.
+``gtp_kernels.triton`` is first needed. The CUDA C++ kernels are those of GPU tensors in the namespace of C++; emulated,
+for tests, they are operators of a third namespace, which a library of its own defines when they are first needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gtp_kernels import native
 
 NAMESPACE = "gtp_kernels"
 TRITON_NAMESPACE = "gtp_kernels_triton"
+EMULATED_NAMESPACE = "gtp_kernels_cuda_emulated"
 SCHEMAS = [
     line
     for line in Path(__file__).with_name("schemas.txt").read_text().splitlines()
@@ -60,7 +62,33 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
 
 def operators(backend: str) -> Any:
     """The namespace of operators that ``backend`` runs."""
-    return getattr(torch.ops, TRITON_NAMESPACE if backend == "triton" else NAMESPACE)
+    if backend == "triton":
+        return getattr(torch.ops, TRITON_NAMESPACE)
+    if backend == "cuda" and native.EMULATED:
+        return getattr(torch.ops, EMULATED_NAMESPACE)
+    return getattr(torch.ops, NAMESPACE)
+
+
+def complete(namespace: str, name: str, library: torch.library.Library | None = None) -> None:
+    """Gives an operator of another namespace the fake kernel and the autograd that it has here."""
+    full = f"{namespace}::{name}"
+    torch.library.register_fake(full, fakes[name], lib=library)
+    if name in backwards:
+        backward, setup_context = backwards[name]
+        call = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(full, call, setup_context=setup_context, lib=library)
+
+
+@functools.cache
+def load_emulated() -> torch.library.Library:
+    """Loads the emulated CUDA kernels and completes their operators, once; what holds the registrations."""
+    torch.ops.load_library(str(native.emulated_library()))
+    library = torch.library.Library(EMULATED_NAMESPACE, "FRAGMENT")
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        if hasattr(getattr(torch.ops, EMULATED_NAMESPACE), name):
+            complete(EMULATED_NAMESPACE, name, library)
+    return library
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:

@@ -61,7 +61,7 @@ def unchecked_attention(
     q: Tensor, k: Tensor, v: Tensor, token_scales: Tensor | None, sparsity: float, scale: float, semantics: str
 ) -> tuple[Tensor, AttentionScores]:
     """:func:`attention_with_scores` for a caller whose arguments are right by construction; no autocast either."""
-    backend = backends.choose("attention", q)
+    backend = backends.choose("attention", q, k, v)
     if backend == "reference":
         return reference.attention_with_scores(
             q, k, v, token_scales, sparsity=sparsity, scale=scale, semantics=semantics

@@ -64,7 +64,8 @@ def propagate(
     alpha, prefix = check_propagate(
         x, weight, index_kept, index_prop, standard, alpha, token_scales, cls_token, num_prefix
     )
-    backend = backends.choose("propagate", x)
+    dense = standard == "GraphProp" and isinstance(weight, Tensor)
+    backend = backends.choose("propagate", x, dense=dense)
     if backend == "reference":
         if isinstance(weight, Tensor):
             weight = weight.detach()
@@ -159,7 +160,8 @@ def unchecked_residual(
     prefix: int,
 ) -> tuple[Tensor, Tensor | None, TokenGraph | None, Tensor | None]:
     """:func:`residual_propagate_norm` for a caller whose arguments are right by construction."""
-    backend = backends.choose("propagate", x)
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    backend = backends.choose("propagate", x, branch, layer_scale, norm_weight, norm_bias, dtype=dtype)
     if backend == "reference":
         return reference.residual_propagate_norm(
             x, branch, graph, index_kept, index_prop, layer_scale=layer_scale, norm_weight=norm_weight,

@@ -75,7 +75,7 @@ def select_tokens(
 
 def unchecked_select(importance: Tensor, num_prop: int, num_prefix: int, order: str) -> tuple[Tensor, Tensor]:
     """:func:`select_tokens` for a caller whose arguments are right by construction."""
-    backend = backends.choose("select", importance)
+    backend = backends.choose("select", importance, num_prefix=num_prefix)
     if backend == "reference":
         return reference.select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
     wide = importance.detach().to(compute_dtype(importance.dtype))

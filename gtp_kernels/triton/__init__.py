@@ -7,7 +7,6 @@ kernels; under ``TRITON_INTERPRET=1`` (set before this import) it launches the i
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,17 +47,12 @@ def _name_kernels(operator: str, launcher: Callable[..., Any]) -> None:
 def _register(name: str, launcher: Callable[..., Any]) -> None:
     schema = next(line for line in _library.SCHEMAS if line.startswith(f"{name}("))
     full, signature = f"{_library.TRITON_NAMESPACE}::{name}", schema[len(name) :]
-    operator: Any
     if runtime.INTERPRETED:
-        operator = torch.library.custom_op(full, launcher, mutates_args=(), schema=signature)
+        torch.library.custom_op(full, launcher, mutates_args=(), schema=signature)
     else:
-        operator = torch.library.triton_op(full, launcher, mutates_args=(), schema=signature)
+        torch.library.triton_op(full, launcher, mutates_args=(), schema=signature)
         _name_kernels(full, launcher)
-    operator.register_fake(_library.fakes[name])
-    if name in _library.backwards:
-        backward, setup_context = _library.backwards[name]
-        call = functools.partial(backward, getattr(torch.ops, _library.TRITON_NAMESPACE))
-        operator.register_autograd(call, setup_context=setup_context)
+    _library.complete(_library.TRITON_NAMESPACE, name)
 
 
 for _name, _launcher in LAUNCHERS.items():
