@@ -75,6 +75,16 @@ def compiler() -> str:
     raise MissingError(f"no C++ compiler: looked for {', '.join(names)}")
 
 
+def nvidia_packages() -> list[Path]:
+    """Where pip puts NVIDIA's packages.
+
+    An isolated build imports from a folder of its own; what the user installed is in purelib.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    imported = spec.submodule_search_locations if spec else None
+    return [Path(folder) for folder in (*(imported or ()), f"{sysconfig.get_path('purelib')}/nvidia")]
+
+
 def nvcc_candidates() -> list[str]:
     """nvcc where torch's own builds look for it (CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda), then pip's packages.
 
@@ -84,10 +94,7 @@ def nvcc_candidates() -> list[str]:
         return [shutil.which(named) or named]
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return [str(Path(home) / "bin" / "nvcc")]
-    # An isolated build imports from a folder of its own; the packages that the user installed are in purelib.
-    spec = importlib.util.find_spec("nvidia")
-    folders = [*(spec.submodule_search_locations or [] if spec else []), f"{sysconfig.get_path('purelib')}/nvidia"]
-    installed = [path for folder in folders for path in sorted(Path(folder).glob("cu[0-9]*/bin"), reverse=True)]
+    installed = [path for folder in nvidia_packages() for path in sorted(folder.glob("cu[0-9]*/bin"), reverse=True)]
     found = [shutil.which("nvcc", path=path) for path in (None, str(USUAL_CUDA / "bin"), *map(str, installed))]
     return list(dict.fromkeys(path for path in found if path))
 
