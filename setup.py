@@ -206,8 +206,10 @@ class BuildNative(build_ext):
             self.build_extension(extension)
 
     def output_folder(self) -> Path:
-        in_tree = self.inplace or getattr(self, "editable_mode", False)
-        return (ROOT if in_tree else Path(self.build_lib).resolve()) / "gtp_kernels"
+        return (ROOT if self.in_tree() else Path(self.build_lib).resolve()) / "gtp_kernels"
+
+    def in_tree(self) -> bool:
+        return bool(self.inplace or getattr(self, "editable_mode", False))
 
     def build_extension(self, extension: Extension) -> None:
         build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -221,6 +223,8 @@ class BuildNative(build_ext):
         stamp.write_text(compilers)
         version = self.distribution.get_version()
         arguments = [f"-DGTP_OUTPUT_DIR={self.output_folder()}", f"-DGTP_VERSION={version}", "-B", str(build)]
+        # The tests of a checkout run the CUDA kernels on an emulated GPU.
+        arguments += [f"-DGTP_EMULATE_CUDA={'ON' if self.in_tree() else 'OFF'}"]
         # CMake's own search knows the PATH only; an nvcc that does not work counts as none.
         environment = {**os.environ, **(cuda_environment(nvcc) if nvcc else {}), "CUDACXX": nvcc or "no-nvcc"}
         subprocess.run([*configure_arguments(), *arguments], check=True, env=environment)

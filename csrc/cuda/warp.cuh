@@ -12,8 +12,9 @@
 #include "emulated_gpu.h"
 #else
 
-#define GTP_GLOBAL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define GTP_GLOBAL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define GTP_DEVICE __device__ __forceinline__
+#define GTP_HOST_DEVICE __host__ __device__
 #define GTP_CONSTANT const __grid_constant__
 // The dynamic shared memory of the block, aligned to 16 bytes.
 #define GTP_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -52,7 +53,9 @@ GTP_DEVICE int atomic_add(int* target, int value) {
   return atomicAdd(target, value);
 }
 
-GTP_DEVICE uint32_t shared_address(const void* pointer) {
+// A place in shared memory, in one register.
+using Address = uint32_t;
+GTP_DEVICE Address shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
@@ -75,16 +78,16 @@ GTP_DEVICE void wait_copies() {
 // r[m] of lane i: the pair (row i / 4, columns 2 (i % 4) and that + 1) of matrix m, or with kTranspose of its
 // transpose.
 template <bool kTranspose>
-GTP_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+GTP_DEVICE void load_matrices(uint32_t (&r)[4], Address row) {
   if constexpr (kTranspose) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
   }
 }
@@ -139,6 +142,16 @@ GTP_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
+}
+// x, which the compiler does not know to be: what it computed from x before, or could compute before a loop, it
+// computes again here instead of keeping it in registers.
+GTP_DEVICE uint32_t forget(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+GTP_DEVICE int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 GTP_DEVICE uint32_t bits_of(float x) {
   return __float_as_uint(x);

@@ -22,8 +22,9 @@
 #include <random>
 #include <vector>
 
-#define GTP_GLOBAL(threads, blocks) static void
+#define GTP_GLOBAL(...) static void
 #define GTP_DEVICE inline
+#define GTP_HOST_DEVICE
 #define GTP_CONSTANT const
 #define GTP_SHARED(name) unsigned char* const name = ::gtp::emulated::block().shared
 #define GTP_UNROLL
@@ -354,8 +355,12 @@ void wait_copies() {
   }
 }
 
+using Address = const unsigned char*;
+inline Address shared_address(const void* pointer) {
+  return static_cast<Address>(pointer);
+}
 template <bool kTranspose>
-void load_matrices(uint32_t (&r)[4], const void* row) {
+void load_matrices(uint32_t (&r)[4], Address row) {
   emulated::Offer offer;
   offer.kind = kTranspose ? emulated::kMatricesTransposed : emulated::kMatrices;
   offer.address = row;
@@ -387,6 +392,10 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   multiply(c, a, b0, b1, emulated::kMultiplyFloat16);
 }
 
+template <class T>
+T forget(T x) {
+  return x;
+}
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -1,0 +1,435 @@
+// The attention of any number of tokens: the map is computed again by every sweep over it, from the same products in
+// the same order, so that all of them see the same bits. A block takes 64 queries of one (image, head), 16 a warp.
+//
+//   statistics   the maximum and 1 / sum of each row; of its part of the sample, the first histogram
+//   fine         the second histogram of the sample
+//   collect      how many values are below the bracket, and those inside
+//   select       T of each head: among the candidates, or by a search of its whole map
+//   output       out, diag, cls_row, and the column sums of each block of queries
+//   columns      their sums in order
+//
+// Without a threshold statistics, output and columns. Each sweep reads q once and k (and v) once for every 64 queries.
+// 2 N^2 d FLOPs a sweep, twice that in output.
+#pragma once
+
+#include "cuda/attention_map.cuh"
+#include "cuda/attention_threshold.cuh"
+
+namespace gtp {
+namespace cuda {
+
+constexpr int kSweepWarps = 4, kSweepThreads = kLanes * kSweepWarps;
+constexpr int kSweepRows = 16 * kSweepWarps;  // queries of a block
+constexpr int kSweepKeys = 64;                // keys in shared memory at a time
+
+// What the sweeps leave in memory for each other, of all heads.
+struct Workspace {
+  float* stats;          // [heads, 2, N]: maximum and 1 / sum, of logits to the base 2
+  int* coarse;           // [heads, kBins]
+  int* fine;             // [heads, kBins]
+  int* counts;           // [heads, 2]: below the bracket, inside
+  float* threshold;      // [heads]
+  float* sums;           // [heads, row_blocks, N]
+  uint32_t* candidates;  // [heads, room]
+};
+
+// Bytes of the arrays, or with a base their places: the counters, which begin at zero, are first.
+inline GTP_HOST_DEVICE size_t place_workspace(const MapParams& p, unsigned char* base, Workspace& w, size_t& counters) {
+  const size_t heads = static_cast<size_t>(p.heads), tokens = static_cast<size_t>(p.a.tokens);
+  const bool ranked = p.a.rank > 0;
+  size_t at = 0;
+  const auto take = [&](size_t bytes) {
+    unsigned char* const place = base + at;
+    at += (bytes + 15) / 16 * 16;
+    return place;
+  };
+  w.coarse = reinterpret_cast<int*>(take(ranked ? heads * kBins * 4 : 0));
+  w.fine = reinterpret_cast<int*>(take(ranked ? heads * kBins * 4 : 0));
+  w.counts = reinterpret_cast<int*>(take(ranked ? heads * 2 * 4 : 0));
+  counters = at;
+  w.threshold = reinterpret_cast<float*>(take(ranked ? heads * 4 : 0));
+  w.stats = reinterpret_cast<float*>(take(heads * 2 * tokens * 4));
+  w.sums = reinterpret_cast<float*>(take(heads * static_cast<size_t>(p.row_blocks) * tokens * 4));
+  w.candidates = reinterpret_cast<uint32_t*>(take(ranked ? heads * static_cast<size_t>(p.room) * 4 : 0));
+  return at;
+}
+
+template <int kSize>
+struct Sweep {
+  using Tiles = Tile<kSize>;
+  static constexpr size_t kQueries = Tiles::bytes(kSweepRows), kKeys = Tiles::bytes(kSweepKeys);
+  static constexpr size_t kScales = sizeof(float) * 2 * kSweepKeys;
+  static constexpr size_t kScratch = sizeof(int) * (kBins + 8);
+  static constexpr size_t kSums = sizeof(float) * kSweepWarps * kSweepKeys;
+  // q, k twice (one on its way), their scales, a histogram and a state.
+  static constexpr size_t kBytes = kQueries + 2 * kKeys + kScales + kScratch;
+  static constexpr size_t kOutputBytes = kQueries + 4 * kKeys + kScales + kSums;
+};
+
+// How many of the blocks of keys are sampled: one in so many, another one for every block of queries.
+GTP_DEVICE int sample_step(int64_t tokens) {
+  return tokens >= 512 ? 8 : tokens >= 256 ? 4 : 2;
+}
+
+// Shared memory and place of a block that sweeps.
+template <int kSize>
+struct Place {
+  unsigned char *q, *k;
+  float* log_scales;
+  int* scratch;  // kBins + 8
+  unsigned head, image;
+  int64_t first;  // query of the block
+  int row;        // of this lane in the block, its first
+};
+template <int kSize>
+GTP_DEVICE Place<kSize> place_of(unsigned char* memory, unsigned head, unsigned heads, int64_t row_block) {
+  Place<kSize> place;
+  place.q = memory;
+  place.k = place.q + Sweep<kSize>::kQueries;
+  place.log_scales = reinterpret_cast<float*>(place.k + 2 * Sweep<kSize>::kKeys);
+  place.scratch = reinterpret_cast<int*>(place.log_scales + 2 * kSweepKeys);
+  place.head = head;
+  place.image = head / heads;
+  place.first = row_block * kSweepRows;
+  place.row = 16 * warp_id() + lane_id() / 4;
+  return place;
+}
+template <int kSize>
+GTP_DEVICE void load_queries(const MapParams& p, const Place<kSize>& place) {
+  Tile<kSize>::load(place.q, kSweepRows, head_of(p.a.q, p.a.stride_q, place.head, p.image_heads), p.a.stride_q[2],
+                    p.a.stride_q[3], p.vectors[0], place.first, p.a.tokens, static_cast<int>(p.a.head_size));
+}
+
+// visit(first key, s): the logits, to the base 2, of the warp's 16 queries against 64 keys at a time, of every
+// `step`-th block of keys from `from` on; -inf for what is no key. q must be on its way or there. All threads.
+template <class T, int kSize, class Visit>
+GTP_DEVICE void sweep_keys(const MapParams& p, const Place<kSize>& place, int from, int step, const Visit& visit) {
+  const int blocks = static_cast<int>((p.a.tokens + kSweepKeys - 1) / kSweepKeys);
+  const void* const source = head_of(p.a.k, p.a.stride_k, place.head, p.image_heads);
+  const auto load = [&](int block, int buffer) {
+    if (block < blocks) {
+      const int64_t first = static_cast<int64_t>(block) * kSweepKeys;
+      Tile<kSize>::load(place.k + buffer * Sweep<kSize>::kKeys, kSweepKeys, source, p.a.stride_k[2], p.a.stride_k[3],
+                        p.vectors[1], first, p.a.tokens, static_cast<int>(p.a.head_size));
+      load_log_scales(place.log_scales + buffer * kSweepKeys, p, place.image, first, kSweepKeys);
+    }
+    commit_copies();
+  };
+  load(from, 0);
+  int buffer = 0;
+  GTP_NO_UNROLL
+  for (int block = from; block < blocks; block += step) {
+    load(block + step, buffer ^ 1);
+    wait_copies<1>();
+    sync_block();
+    float s[kSweepKeys / 8][4] = {};
+    multiply_keys<T, kSize, kSweepKeys / 16>(s, place.q, 16 * warp_id(), place.k + buffer * Sweep<kSize>::kKeys);
+    const float* const scales = place.log_scales + buffer * kSweepKeys;
+    GTP_UNROLL
+    for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+      GTP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        s[tile][i] = fmaf(s[tile][i], p.scale_log2, scales[8 * tile + 2 * (lane_id() % 4) + i % 2]);
+      }
+    }
+    visit(block * kSweepKeys, s);
+    sync_block();
+    buffer ^= 1;
+  }
+  wait_copies<0>();
+}
+
+// Maximum and 1 / sum of this lane's two queries; for what is no query anything.
+struct RowStats {
+  float largest[2], share[2];
+};
+GTP_DEVICE RowStats row_stats(const MapParams& p, const Workspace& w, int64_t head, int64_t row) {
+  RowStats r = {};
+  const float* const stats = w.stats + head * 2 * p.a.tokens;
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= p.a.tokens) continue;
+    r.largest[half] = stats[row + 8 * half];
+    r.share[half] = stats[p.a.tokens + row + 8 * half];
+  }
+  return r;
+}
+GTP_DEVICE float map_value(float logit, const RowStats& r, int half) {
+  return exp2_fast(logit - r.largest[half]) * r.share[half];
+}
+
+// f(key pattern) for the values of the map in a block of logits; kNothing for what is none.
+template <class F>
+GTP_DEVICE void each_key(const MapParams& p, const RowStats& r, int64_t row, int first,
+                         const float (&s)[kSweepKeys / 8][4], const F& f) {
+  GTP_UNROLL
+  for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+    GTP_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int key = first + 8 * tile + 2 * (lane_id() % 4) + i % 2;
+      const bool is_value = key < p.a.tokens && row + 8 * (i / 2) < p.a.tokens;
+      f(is_value ? bits_of(map_value(s[tile][i], r, i / 2)) : kNothing);
+    }
+  }
+}
+
+struct ZeroParams {
+  int* target;
+  int64_t count;
+};
+GTP_GLOBAL(256, 1) zero_counters(GTP_CONSTANT ZeroParams p) {
+  const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) p.target[i] = 0;
+}
+
+// Adds a block's histogram to that of the head.
+GTP_DEVICE void add_histogram(const int* histogram, int* total) {
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += static_cast<int>(blockDim.x)) {
+    if (histogram[i]) atomic_add(total + i, histogram[i]);
+  }
+}
+GTP_DEVICE void clear(int* values, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) values[i] = 0;
+}
+
+// grid: (row_blocks, heads of all images), as in the next two.
+template <class T, int kSize>
+GTP_GLOBAL(kSweepThreads, 2)
+attention_statistics(GTP_CONSTANT MapParams p) {
+  GTP_SHARED(memory);
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const int64_t row = place.first + place.row;
+  clear(place.scratch, kBins);
+  load_queries(p, place);
+  RowStats r = {{-kInfinity, -kInfinity}, {0, 0}};
+  float sum[2] = {};
+  sweep_keys<T, kSize>(p, place, 0, 1, [&](int, const auto& s) {
+    for (int half = 0; half < 2; ++half) {
+      float largest = r.largest[half];
+      GTP_UNROLL
+      for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+        largest = fmaxf(largest, fmaxf(s[tile][2 * half], s[tile][2 * half + 1]));
+      }
+      largest = max_lanes<4>(largest);
+      // Before the first finite logit there is nothing to scale down.
+      sum[half] *= r.largest[half] == largest ? 1.0f : exp2_fast(r.largest[half] - largest);
+      const float shift = largest == -kInfinity ? 0.0f : largest;
+      GTP_UNROLL
+      for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+        sum[half] += exp2_fast(s[tile][2 * half] - shift) + exp2_fast(s[tile][2 * half + 1] - shift);
+      }
+      r.largest[half] = largest;
+    }
+  });
+  for (int half = 0; half < 2; ++half) {
+    // A row without a finite logit sums to 0, and is NaN by 0 / 0 as in the definition: exp2(-inf - -inf) is.
+    r.share[half] = 1.0f / sum_lanes<4>(sum[half]);
+    if (lane_id() % 4 == 0 && row + 8 * half < p.a.tokens) {
+      float* const stats = w.stats + static_cast<int64_t>(place.head) * 2 * p.a.tokens;
+      stats[row + 8 * half] = r.largest[half];
+      stats[p.a.tokens + row + 8 * half] = r.share[half];
+    }
+  }
+  if (p.a.rank == 0) return;
+  const int step = sample_step(p.a.tokens);
+  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
+    each_key(p, r, row, first, s, [&](uint32_t key) {
+      if (key != kNothing) atomic_add(place.scratch + coarse_bin(key), 1);
+    });
+  });
+  sync_block();
+  add_histogram(place.scratch, w.coarse + place.head * kBins);
+}
+
+template <class T, int kSize>
+GTP_GLOBAL(kSweepThreads, 2)
+attention_fine(GTP_CONSTANT MapParams p) {
+  GTP_SHARED(memory);
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const int64_t row = place.first + place.row;
+  const int* const coarse = w.coarse + place.head * kBins;
+  clear(place.scratch, kBins);
+  load_queries(p, place);
+  const RowStats r = row_stats(p, w, place.head, row);
+  const SampleRanks ranks = sample_ranks(p.a.rank, p.a.tokens * p.a.tokens, total_of(coarse));
+  const Range range = fine_range(coarse, ranks);
+  const int step = sample_step(p.a.tokens);
+  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
+    each_key(p, r, row, first, s, [&](uint32_t key) {
+      const int bin = fine_bin(key, range);
+      if (bin >= 0) atomic_add(place.scratch + bin, 1);
+    });
+  });
+  sync_block();
+  add_histogram(place.scratch, w.fine + place.head * kBins);
+}
+
+GTP_DEVICE Bracket bracket_of_head(const MapParams& p, const Workspace& w, int64_t head) {
+  const int* const coarse = w.coarse + head * kBins;
+  const int total = total_of(coarse);
+  const SampleRanks ranks = sample_ranks(p.a.rank, p.a.tokens * p.a.tokens, total);
+  return bracket_of(w.fine + head * kBins, fine_range(coarse, ranks), ranks, total);
+}
+
+template <class T, int kSize>
+GTP_GLOBAL(kSweepThreads, 2)
+attention_collect(GTP_CONSTANT MapParams p) {
+  GTP_SHARED(memory);
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const int64_t row = place.first + place.row;
+  load_queries(p, place);
+  const RowStats r = row_stats(p, w, place.head, row);
+  const Bracket bracket = bracket_of_head(p, w, place.head);
+  int* const counts = w.counts + 2 * place.head;
+  uint32_t* const candidates = w.candidates + static_cast<int64_t>(place.head) * p.room;
+  int below = 0;
+  sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, const auto& s) {
+    int inside = 0;
+    each_key(p, r, row, first, s, [&](uint32_t key) {
+      below += key < bracket.low;
+      inside += key >= bracket.low && key < bracket.high;
+    });
+    const int last = scan_lanes(inside);
+    int at = 0;
+    if (lane_id() == kLanes - 1 && last > 0) at = atomic_add(counts + 1, last);
+    at = shuffle(at, kLanes - 1) + last - inside;
+    each_key(p, r, row, first, s, [&](uint32_t key) {
+      if (key >= bracket.low && key < bracket.high) {
+        if (at >= 0 && at < p.room) candidates[at] = key;
+        ++at;
+      }
+    });
+  });
+  below = sum_lanes(below);
+  if (lane_id() == 0) atomic_add(counts, below);
+}
+
+// grid: heads of all images.
+template <class T, int kSize>
+GTP_GLOBAL(kSweepThreads, 2)
+attention_select(GTP_CONSTANT MapParams p) {
+  GTP_SHARED(memory);
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  Place<kSize> place = place_of<kSize>(memory, blockIdx.x, p.image_heads, 0);
+  const Bracket bracket = bracket_of_head(p, w, place.head);
+  const int below = w.counts[2 * place.head], inside = w.counts[2 * place.head + 1];
+  const int wanted = static_cast<int>(p.a.rank);
+  int *const histogram = place.scratch, *const state = place.scratch + kBins;
+  clear(histogram, kBins);
+  sync_block();
+  uint32_t found;
+  if (below < wanted && wanted <= below + inside && inside <= p.room && !p.a.force_miss) {
+    const uint32_t* const candidates = w.candidates + static_cast<int64_t>(place.head) * p.room;
+    const auto collected = [&](const auto& f) {
+      for (int i = static_cast<int>(threadIdx.x); i < inside; i += kSweepThreads) f(candidates[i]);
+    };
+    const int bits = 32 - leading_zeros(bracket.high - bracket.low - 1);
+    found = radix_select(collected, bracket.low, bits, wanted - below, histogram, state);
+  } else {
+    const auto each = [&](const auto& f) {
+      GTP_NO_UNROLL
+      for (int block = 0; block < p.row_blocks; ++block) {
+        place.first = static_cast<int64_t>(block) * kSweepRows;
+        load_queries(p, place);
+        const int64_t row = place.first + place.row;
+        const RowStats r = row_stats(p, w, place.head, row);
+        sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, const auto& s) { each_key(p, r, row, first, s, f); });
+        sync_block();
+      }
+    };
+    found = radix_select(each, 0u, 32, wanted, histogram, state);
+  }
+  if (threadIdx.x == 0) w.threshold[place.head] = float_of(found);
+}
+
+// grid: (row_blocks, heads of all images).
+template <class T, int kSize>
+GTP_GLOBAL(kSweepThreads, kSize > 64 ? 1 : 2)
+attention_output(GTP_CONSTANT MapParams p) {
+  using Tiles = Tile<kSize>;
+  GTP_SHARED(memory);
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  unsigned char* const v = memory + Sweep<kSize>::kQueries + 2 * Sweep<kSize>::kKeys + Sweep<kSize>::kScales;
+  float* const sums = reinterpret_cast<float*>(v + 2 * Sweep<kSize>::kKeys);
+  const int tokens = static_cast<int>(p.a.tokens), t = lane_id() % 4;
+  const int row = static_cast<int>(place.first) + place.row;
+  load_queries(p, place);
+  const RowStats r = row_stats(p, w, place.head, row);
+  const float threshold = p.a.rank > 0 ? w.threshold[place.head] : 0.0f;
+  const void* const values = head_of(p.a.v, p.a.stride_v, place.head, p.image_heads);
+  float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(place.head) * tokens;
+  float* const cls_row = static_cast<float*>(p.a.cls_row) + static_cast<int64_t>(place.head) * tokens;
+  float* const block_sums = w.sums + (static_cast<int64_t>(place.head) * p.row_blocks + blockIdx.x) * tokens;
+  float out[kSize / 8][4] = {};
+  int buffer = 0;
+  sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
+    unsigned char* const rows = v + buffer * Sweep<kSize>::kKeys;
+    Tiles::load(rows, kSweepKeys, values, p.a.stride_v[2], p.a.stride_v[3], p.vectors[2], first, tokens,
+                static_cast<int>(p.a.head_size));
+    commit_copies();
+    GTP_UNROLL
+    for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+      GTP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int key = first + 8 * tile + 2 * t + i % 2, query = row + 8 * (i / 2);
+        float value = map_value(s[tile][i], r, i / 2);
+        if (key >= tokens || query >= tokens || value < threshold) value = 0;
+        s[tile][i] = value;
+        if (key == query && key < tokens) diag[key] = value;
+        if (i < 2 && query == 0 && key < tokens) cls_row[key] = value;
+      }
+    }
+    GTP_UNROLL
+    for (int tile = 0; tile < kSweepKeys / 8; tile += 4) {
+      float u[8];
+      GTP_UNROLL
+      for (int i = 0; i < 8; ++i) u[i] = s[tile + i / 2][i % 2] + s[tile + i / 2][i % 2 + 2];
+      const float column = sum_columns(u);
+      sums[warp_id() * kSweepKeys + 8 * tile + column_of_lane()] = column;
+    }
+    wait_copies<0>();
+    sync_block();
+    GTP_UNROLL
+    for (int step = 0; step < kSweepKeys / 16; ++step) {
+      uint32_t packed[4];
+      pack_tiles<T>(packed, s[2 * step], s[2 * step + 1]);
+      multiply_values<T, kSize, 0, kSize / 16>(out, packed, rows, 16 * step);
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < kSweepKeys; i += kSweepThreads) {
+      float total = 0;
+      for (int warp = 0; warp < kSweepWarps; ++warp) total += sums[warp * kSweepKeys + i];
+      if (first + i < tokens) block_sums[first + i] = total;
+    }
+    buffer ^= 1;
+  });
+  store_out<T, 0, kSize / 16>(p, place.head, row, out);
+}
+
+// grid: (blocks of 256 keys, heads of all images).
+GTP_GLOBAL(256, 1)
+attention_columns(GTP_CONSTANT MapParams p) {
+  Workspace w;
+  size_t counters;
+  place_workspace(p, p.workspace, w, counters);
+  const int64_t key = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y;
+  if (key >= p.a.tokens) return;
+  float total = 0;
+  for (int block = 0; block < p.row_blocks; ++block) total += w.sums[(head * p.row_blocks + block) * p.a.tokens + key];
+  static_cast<float*>(p.a.colsum)[head * p.a.tokens + key] = total;
+}
+
+}  // namespace cuda
+}  // namespace gtp
