@@ -166,7 +166,7 @@ wheel: build  ## dist/*.whl, with the native library inside
 info: build  ## what was built, which backends run here, and why the others do not
 	@$(BIN)/python -m gtp_kernels.info
 
-compile-check: build  ## every Triton kernel to machine code, without a GPU: registers, spills, shared memory
+compile-check: build  ## every GPU kernel to machine code, without a GPU: registers, spills, shared memory
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_check $(ARGS)
 
 compile-check-all: build  ## the same for every supported architecture and every specialisation

@@ -4,11 +4,12 @@ Environment:
     GTP_NATIVE   0: pure Python on purpose; 1: a missing compiler is an error. Otherwise a machine without a compiler
                  or CMake gets a warning and a package that runs the reference and Triton. A compile error is an error.
     GTP_CUDA     0: no CUDA kernels; 1: a missing CUDA toolkit is an error. Otherwise they are built where one is found.
-    TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CMAKE_ARGS   as elsewhere.
+    CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CMAKE_ARGS   as elsewhere.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+USUAL_CUDA = Path("/usr/local/cuda")
 
 
 class MissingError(Exception):
@@ -72,14 +75,81 @@ def compiler() -> str:
     raise MissingError(f"no C++ compiler: looked for {', '.join(names)}")
 
 
-def cuda_compiler() -> str | None:
-    """nvcc where torch's own builds look for it: CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda."""
+def nvidia_packages() -> list[Path]:
+    """Where pip puts NVIDIA's packages.
+
+    An isolated build imports from a folder of its own; what the user installed is in purelib.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    imported = spec.submodule_search_locations if spec else None
+    return [Path(folder) for folder in (*(imported or ()), f"{sysconfig.get_path('purelib')}/nvidia")]
+
+
+def nvcc_candidates() -> list[str]:
+    """nvcc where torch's own builds look for it (CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda), then pip's packages.
+
+    What CUDACXX or CUDA_HOME name is the only candidate, there or not.
+    """
     if named := os.environ.get("CUDACXX"):
-        return shutil.which(named)
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        return [shutil.which(named) or named]
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return [str(Path(home) / "bin" / "nvcc")]
+    installed = [path for folder in nvidia_packages() for path in sorted(folder.glob("cu[0-9]*/bin"), reverse=True)]
+    found = [shutil.which("nvcc", path=path) for path in (None, str(USUAL_CUDA / "bin"), *map(str, installed))]
+    return list(dict.fromkeys(path for path in found if path))
+
+
+def cuda_environment(nvcc: str) -> dict[str, str]:
+    """What this nvcc needs beside its path: the one that pip installs looks for lib64, and its libraries are in lib."""
+    root = Path(nvcc).resolve().parents[1]
+    if (root / "lib64").exists() or not (root / "lib" / "libcudart_static.a").exists():
+        return {}
+    return {"LIBRARY_PATH": os.pathsep.join(filter(None, [str(root / "lib"), os.environ.get("LIBRARY_PATH")]))}
+
+
+def nvcc_fault(nvcc: str) -> str | None:
+    """Why this nvcc cannot build a library; None where it can. Its version alone would not tell.
+
+    Headers, cicc and runtime are packages of their own on PyPI, and a host compiler can be too new.
+    """
+    if not os.access(nvcc, os.X_OK):
+        return "not there"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cu").write_text("__global__ void kernel(int *p) { *p = 0; }\n")
+        command = [nvcc, "-shared", "-Xcompiler=-fPIC", "-cudart=static", "-o", "kernel.so", "kernel.cu"]
+        environment = {**os.environ, **cuda_environment(nvcc)}
+        try:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"does not run: {error}"
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    reason = next((line for line in lines if re.search("error|fatal|cannot|not found", line, re.IGNORECASE)), None)
+    return None if done.returncode == 0 else f"does not work: {reason or (lines or [f'exit {done.returncode}'])[-1]}"
+
+
+@functools.cache
+def find_nvcc() -> tuple[str | None, tuple[str, ...]]:
+    """The first nvcc that works, and what was tried before it: path and reason."""
+    tried = []
+    for path in nvcc_candidates():
+        fault = nvcc_fault(path)
+        if fault is None:
+            return path, tuple(tried)
+        tried.append(f"{path}: {fault}")
+    return None, tuple(tried)
+
+
+def cuda_compiler() -> str | None:
+    """nvcc, where there are kernels for it; one that does not work counts as none, with a warning."""
+    if switch("GTP_CUDA") == "OFF" or not any((ROOT / "csrc" / "cuda").glob("*.cu")):
+        return None
+    nvcc, tried = find_nvcc()
+    if nvcc is None and (tried or switch("GTP_CUDA") == "ON"):
+        looked = "CUDACXX, CUDA_HOME, the PATH, /usr/local/cuda and pip's nvidia-cuda-nvcc"
+        warn("the CUDA kernels are NOT built: no nvcc works.", *(tried or [f"There is none; looked in {looked}."]))
+    return nvcc
 
 
 def cuda_architectures() -> str:
@@ -143,8 +213,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         build = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        nvcc = cuda_compiler()
         # With another compiler CMake drops its cache, and with it the -D of the command line.
-        compilers = f"{compiler()}\n{cuda_compiler()}\n"
+        compilers = f"{compiler()}\n{nvcc}\n"
         stamp = build / "compilers.txt"
         if build.exists() and not (stamp.exists() and stamp.read_text() == compilers):
             shutil.rmtree(build)
@@ -155,10 +226,10 @@ class BuildNative(build_ext):
         # The tests of a checkout run the CUDA kernels on an emulated GPU.
         arguments += [f"-DGTP_EMULATE_CUDA={'ON' if self.in_tree() else 'OFF'}"]
         # CMake's own search knows the PATH only; an nvcc that does not work counts as none.
-        environment = {**os.environ, "CUDACXX": cuda_compiler() or "no-nvcc"}
+        environment = {**os.environ, **(cuda_environment(nvcc) if nvcc else {}), "CUDACXX": nvcc or "no-nvcc"}
         subprocess.run([*configure_arguments(), *arguments], check=True, env=environment)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run([str(tool("cmake")), "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([str(tool("cmake")), "--build", str(build), "--parallel", jobs], check=True, env=environment)
 
     def native_files(self) -> list[str]:
         return [str(path) for path in sorted(self.output_folder().glob("*.so"))]
@@ -190,8 +261,9 @@ def extensions() -> list[Extension]:
     return [Extension("gtp_kernels._C", sources=[])]
 
 
-setup(
-    package_dir={"gtp_kernels": "gtp_kernels", "gtp_vit": "python/gtp_vit"},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":  # benchmarks/compile_check_cuda.py and the tests import the search for compilers
+    setup(
+        package_dir={"gtp_kernels": "gtp_kernels", "gtp_vit": "python/gtp_vit"},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildNative},
+    )

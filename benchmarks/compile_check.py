@@ -1,9 +1,10 @@
-"""``python -m benchmarks.compile_check``: compiles every Triton kernel that ships to machine code, without a GPU.
+"""``python -m benchmarks.compile_check``: compiles every GPU kernel that ships to machine code, without a GPU.
 
-Every kernel is compiled with every configuration that a launcher chooses over the shape classes of
+Every Triton kernel is compiled with every configuration that a launcher chooses over the shape classes of
 ``benchmarks.launches``. The table says, for each kernel and architecture, the span of its configurations: registers,
 bytes spilled, shared memory, and the share of a multiprocessor's warps that these leave room for. The check fails where
-a kernel does not compile, needs more shared memory than a block may have, or spills.
+a kernel does not compile, needs more shared memory than a block may have, or spills. The CUDA C++ kernels follow, where
+there is an nvcc (``benchmarks.compile_check_cuda``).
 
 python -m benchmarks.compile_check                                sm_80, sm_90, sm_120, gfx942; each configuration once
 python -m benchmarks.compile_check --all --json report.json       every supported architecture, every specialisation
@@ -34,9 +35,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import compile_check_cuda, compile_report
+from benchmarks.compile_report import cache_folder, coloured, span, verdict
 from benchmarks.launches import TARGETS, Launch, Target, capture, one_per_configuration
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -194,26 +195,8 @@ def check(
         results[index] = Result(*work[index], resources)
         path = paths[index]
         if path is not None and resources.error is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Whoever else checks at the same time must not read half of it.
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            partial.write_text(json.dumps(asdict(resources)) + "\n")
-            partial.replace(path)
+            compile_report.store(path, asdict(resources))
     return [results[index] for index in range(len(work))]
-
-
-def cache_folder() -> Path:
-    """Where results are kept by the content they are of: under ``XDG_CACHE_HOME``, so that they outlive a checkout.
-
-    ``build/compile-check`` where that cannot be written.
-    """
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache") / "gtp-kernels" / "compile-check"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return ROOT / "build" / "compile-check"
-    return folder if os.access(folder, os.W_OK | os.X_OK) else ROOT / "build" / "compile-check"
 
 
 def _digest(launch: Launch, target: Target) -> str:
@@ -224,11 +207,10 @@ def _digest(launch: Launch, target: Target) -> str:
 
 
 def _load(path: Path | None) -> Resources | None:
-    if path is None or not path.is_file():
-        return None
     try:
-        return Resources(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        found = compile_report.load(path)
+        return None if found is None else Resources(**found)
+    except TypeError:
         return None
 
 
@@ -283,36 +265,20 @@ def table_of(results: Iterable[Result], *, verbose: bool = False) -> Table:
         if verbose:
             key += (result.launch.config(), f"{result.num_warps} warps, {result.launch.options.get('num_stages', '-')}")
         groups.setdefault(key, []).append(result)
-    extra = ("constants", "warps, stages") if verbose else ("configurations",)
-    table = Table("kernel", "arch", *extra, title="compiled ahead of time")
-    for name in ("registers", "spills", "shared KB", "occupancy"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    last: str | None = None
-    for key, group in sorted(groups.items()):
-        if last not in (None, key[0]):
-            table.add_section()
-        last = key[0]
+    rows = {}
+    for key, group in groups.items():
         good = [r for r in group if r.resources.error is None]
-        failures = sum(r.failure is not None for r in group)
-        spills = max((r.resources.spills for r in good), default=0)
-        table.add_row(
-            *key,
+        rows[key] = (
             *(() if verbose else (str(len(group)),)),
-            _span([r.resources.registers for r in good]),
-            f"[{'yellow' if spills else 'none'}]{spills}",
-            _span([r.resources.shared / 1024 for r in good], "{:.1f}"),
-            _span([r.occupancy * 100 for r in good], "{:.0f}") + " %",
-            f"[red]{failures} fail" if failures else "[green]ok",
+            span(r.resources.registers for r in good),
+            coloured(max((r.resources.spills for r in good), default=0)),
+            span((r.resources.shared / 1024 for r in good), "{:.1f}"),
+            span((r.occupancy * 100 for r in good), "{:.0f}") + " %",
+            verdict(sum(r.failure is not None for r in group)),
         )
-    return table
-
-
-def _span(values: list[int] | list[float], form: str = "{}") -> str:
-    if not values:
-        return "-"
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
+    keys = ("kernel", "arch", *(("constants", "warps, stages") if verbose else ()))
+    columns = (*(() if verbose else ("configurations",)), "registers", "spills", "shared KB", "occupancy")
+    return compile_report.table_of("Triton, compiled ahead of time", keys, columns, rows)
 
 
 @click.command(help=__doc__)
@@ -340,25 +306,55 @@ def main(
     launches = {target.name: _chosen(capture(target), kernel) for target in targets}
     if not every:
         launches = {name: one_per_configuration(several) for name, several in launches.items()}
-    if not any(launches.values()):
+    sources = compile_check_cuda.sources(kernel)
+    if not any(launches.values()) and not sources:
         raise click.UsageError(f"no kernel matches {kernel!r}")
-    results = check(launches, jobs=jobs, cache=None if no_cache else cache_folder(), console=console)
-    console.print(table_of(results, verbose=verbose))
-    failures = [result for result in results if result.failure is not None]
-    for result in failures:
-        console.print(
-            f"{result.launch.name} on {result.target.name} ({result.launch.config()}; num_warps={result.num_warps}; "
-            f"{result.launch.labels[0]}): {result.failure}",
-            style="red",
-            markup=False,
-            highlight=False,
+    cache = None if no_cache else cache_folder()
+    report: dict[str, object] = {}
+    failures = 0
+    if any(launches.values()):
+        results = check(launches, jobs=jobs, cache=cache, console=console)
+        failures += _print(
+            console,
+            table_of(results, verbose=verbose),
+            [
+                f"{r.launch.name} on {r.target.name} ({r.launch.config()}; num_warps={r.num_warps}; "
+                f"{r.launch.labels[0]}): {r.failure}"
+                for r in results
+                if r.failure is not None
+            ],
+            [r.cached for r in results],
         )
-    known = sum(result.cached for result in results)
-    console.print(f"{len(results)} compilations, {known} of them known from before; {len(failures)} failures")
+        report["results"] = [result.as_json() for result in results]
+    architectures = [target.name for target in targets if target.is_cuda]
+    if sources and architectures:
+        nvcc, tried = compile_check_cuda.find_nvcc()
+        if nvcc is None:
+            line = "; ".join(["CUDA C++ not compiled: there is no nvcc that works", *tried])
+            console.print(line, markup=False, highlight=False)
+        else:
+            compiled = compile_check_cuda.check(
+                sources, architectures, nvcc, jobs=min(jobs or os.cpu_count() or 1, 2), cache=cache, console=console
+            )
+            failures += _print(
+                console,
+                compile_check_cuda.table_of(compiled, verbose=verbose),
+                [reason for result in compiled for reason in result.failures],
+                [result.cached for result in compiled],
+            )
+            report["cuda"] = [asdict(result) for result in compiled]
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"results": [result.as_json() for result in results]}, indent=1) + "\n")
+        output.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(1 if failures else 0)
+
+
+def _print(console: Console, table: Table, failures: Sequence[str], cached: Sequence[bool]) -> int:
+    console.print(table)
+    for failure in failures:
+        console.print(failure, style="red", markup=False, highlight=False)
+    console.print(f"{len(cached)} compilations, {sum(cached)} of them known from before; {len(failures)} failures")
+    return len(failures)
 
 
 def _chosen(launches: list[Launch], part: str) -> list[Launch]:
