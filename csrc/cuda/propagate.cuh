@@ -162,8 +162,8 @@ struct Image {
   }
 };
 
-// The rows that are added to a row, and lane by lane the first 32 of them: what the edges begin .. end lead to, or for
-// the mean the leavers begin .. end.
+// The rows that are added to a row: what the edges begin .. end lead to, or for the mean the leavers begin .. end. Of
+// 32 edges each lane has one.
 struct Sources {
   int begin = 0, end = 0;
   bool mean = false;
@@ -210,21 +210,28 @@ struct StepBlock {
     return p.graph.token[b * (p.tokens - p.prefix) + n - prefix];
   }
 
+  GTP_DEVICE bool has_table() const {
+    return walks && params.table;
+  }
   // An empty table; the leavers are entered after sync_block, for all to see after the next.
   GTP_DEVICE void clear_table() const {
-    if (!walks || !params.table) return;
+    if (!has_table()) return;
     auto* const words = reinterpret_cast<FourWords*>(table());
     const int count = static_cast<int>((p.graph.origins + 7) / 8);
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kStepThreads) {
       words[i] = {{0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu}};
     }
   }
-  GTP_DEVICE void enter_leavers() const {
-    if (!walks || !params.table) return;
-    for (int j = static_cast<int>(threadIdx.x); j < p.prop; j += kStepThreads) {
-      const int n = indices.leaver(j);
-      const int token = token_of(n);
+  // The first leaver that a thread enters, its row of x or -1, and the token behind it.
+  GTP_DEVICE int first_leaver() const {
+    return has_table() && static_cast<int>(threadIdx.x) < p.prop ? indices.leaver(static_cast<int>(threadIdx.x)) : -1;
+  }
+  GTP_DEVICE void enter_leavers(int n, int token) const {
+    for (int j = static_cast<int>(threadIdx.x); n >= 0;) {
       if (token >= 0 && token < p.graph.origins) table()[token] = static_cast<uint16_t>(n);
+      j += kStepThreads;
+      n = j < p.prop ? indices.leaver(j) : -1;
+      token = n >= 0 ? token_of(n) : -1;
     }
   }
 
@@ -245,6 +252,7 @@ struct StepBlock {
     sources.column = p.graph.indices[b * p.graph.capacity + e + lane_id()];
     sources.value = p.graph.values[b * p.graph.capacity + e + lane_id()];
   }
+  // Without the first 32: load_batch(sources, sources.begin).
   GTP_DEVICE Sources sources_of(int r, int token) const {
     Sources sources;
     if (is_mean(r)) {
@@ -256,7 +264,6 @@ struct StepBlock {
       const int capacity = static_cast<int>(p.graph.capacity);
       sources.begin = row[0] < 0 ? 0 : row[0] < capacity ? row[0] : capacity;
       sources.end = row[1] < capacity ? row[1] : capacity;
-      load_batch(sources, sources.begin);
     }
     return sources;
   }
@@ -450,32 +457,77 @@ struct RegisterRows {
     }
   }
 
-  // layer_scale and the norm's vectors as float, each where it is used; for all to see after sync_block.
-  GTP_DEVICE void stage() const {
-    const auto copy = [&](bool used, const Vector& v, uint32_t offset, float otherwise) {
-      if (!used) return;
-      for (int c = static_cast<int>(threadIdx.x); c < channels; c += kStepThreads) {
-        block.floats(offset)[c] = v.data ? load_value(v.data, v.dtype, c) : otherwise;
+  // layer_scale and the norm's vectors: a thread has as many channels of each as a lane has chunks. They go to shared
+  // memory as float, for all to see after sync_block.
+  static_assert(kStepThreads == 4 * kLanes, "a thread has a channel of each chunk");
+  struct Staged {
+    uint32_t bits[kChunks];
+  };
+  GTP_DEVICE static int staged_channel(int k) {
+    return static_cast<int>(threadIdx.x) + kStepThreads * k;
+  }
+  GTP_DEVICE void load(Staged& staged, const Vector& v, float otherwise) const {
+    GTP_UNROLL
+    for (int k = 0; k < kChunks; ++k) staged.bits[k] = bits_of(otherwise);
+    if (!v.data) return;
+    if (v.dtype == DType::Float64) {
+      GTP_UNROLL
+      for (int k = 0; k < kChunks; ++k) {
+        if (staged_channel(k) < channels)
+          staged.bits[k] = bits_of(load_value(v.data, DType::Float64, staged_channel(k)));
       }
-    };
-    copy(block.branch.data != nullptr, p.layer_scale, block.params.layout.layer_scale, 1);
-    copy(p.norm != Norm::None, p.norm_weight, block.params.layout.weight, 1);
-    copy(p.norm != Norm::None, p.norm_bias, block.params.layout.bias, 0);
+    } else if (v.dtype == DType::Float32) {
+      GTP_UNROLL
+      for (int k = 0; k < kChunks; ++k) {
+        if (staged_channel(k) < channels) staged.bits[k] = static_cast<const uint32_t*>(v.data)[staged_channel(k)];
+      }
+    } else {
+      GTP_UNROLL
+      for (int k = 0; k < kChunks; ++k) {
+        if (staged_channel(k) < channels) staged.bits[k] = static_cast<const uint16_t*>(v.data)[staged_channel(k)];
+      }
+    }
+  }
+  GTP_DEVICE void store(const Staged& staged, const Vector& v, uint32_t offset) const {
+    GTP_UNROLL
+    for (int k = 0; k < kChunks; ++k) {
+      if (staged_channel(k) >= channels) continue;
+      float value = float_of(staged.bits[k]);
+      if (v.data && v.dtype == DType::BFloat16) value = widen(static_cast<uint16_t>(staged.bits[k]), BFloat16{});
+      if (v.data && v.dtype == DType::Float16) value = widen(static_cast<uint16_t>(staged.bits[k]), Float16{});
+      block.floats(offset)[staged_channel(k)] = value;
+    }
   }
 
-  // Rows first .. last of the image. What a row needs is on its way before the barrier behind which the table is ready.
+  // Rows first .. last of the image. A warp waits where it first uses what it loaded: so the loads of the vectors, the
+  // table and the warp's first row are all on their way before any of them is used.
   GTP_DEVICE void run(int first, int last) {
+    const StepLayout& layout = block.params.layout;
     int r = first + warp_id(), n = 0, token = 0;
     Sources sources;
-    const auto fetch = [&] {
-      n = block.source_of(r);
+    const auto load_row = [&] {
       load(n);
       if (block.graph && r >= block.prefix) token = block.token_of(n);
-      sources = block.sources_of(r, token);
     };
-    if (r < last) fetch();
+    Staged layer_scale, weight, bias;
+    const bool scaled = block.branch.data != nullptr, has_norm = p.norm != Norm::None;
+    if (r < last) n = block.source_of(r);
+    const int leaver = block.first_leaver();
+    if (scaled) load(layer_scale, p.layer_scale, 1);
+    if (has_norm) load(weight, p.norm_weight, 1);
+    if (has_norm) load(bias, p.norm_bias, 0);
+    if (r < last) load_row();
+    const int leaver_token = leaver >= 0 ? block.token_of(leaver) : -1;
+    block.clear_table();
+    if (scaled) store(layer_scale, p.layer_scale, layout.layer_scale);
+    if (has_norm) store(weight, p.norm_weight, layout.weight);
+    if (has_norm) store(bias, p.norm_bias, layout.bias);
+    if (r < last) sources = block.sources_of(r, token);
     sync_block();
-    for (; r < last; r += kStepWarps, r < last ? fetch() : void()) {
+    if (r < last) block.load_batch(sources, sources.begin);
+    block.enter_leavers(leaver, leaver_token);
+    sync_block();
+    while (r < last) {
       begin();
       double moved = 0;
       const int count = block.walk(sources, moved, [&](int row, float factor) { add(row, factor); });
@@ -492,7 +544,13 @@ struct RegisterRows {
       if constexpr (!kIsFloat<T>) {
         if (!block.branch.data && count == 0 && !sources.mean) copy(n, row);
       }
-      if (p.norm != Norm::None) normalise(row);
+      if (has_norm) normalise(row);
+      r += kStepWarps;
+      if (r >= last) break;
+      n = block.source_of(r);
+      load_row();
+      sources = block.sources_of(r, token);
+      block.load_batch(sources, sources.begin);
     }
   }
 };
@@ -556,15 +614,18 @@ struct SlabRows {
     }
   }
 
-  GTP_DEVICE void stage() const {}
-
   GTP_DEVICE void run(int first, int last) {
+    const int leaver = block.first_leaver();
+    block.clear_table();
+    sync_block();
+    block.enter_leavers(leaver, leaver >= 0 ? block.token_of(leaver) : -1);
     sync_block();
     for (int r = first + warp_id(); r < last; r += kStepWarps) {
       const int n = block.source_of(r);
       const int64_t row = block.b * p.rows_out() + r;
       const int token = block.graph && r >= block.prefix ? block.token_of(n) : 0;
-      const Sources sources = block.sources_of(r, token);
+      Sources sources = block.sources_of(r, token);
+      block.load_batch(sources, sources.begin);
       double moved = 0;
       int count = 0;
       // Once at least: a row without channels has a token scale and a token too.
@@ -608,10 +669,6 @@ GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int im
                          const Indices& indices) {
   const StepBlock<Indices> block(params, shared, image, indices);
   typename RowsFor<T, kChunks, Indices>::Type rows(block);
-  rows.stage();
-  block.clear_table();
-  sync_block();
-  block.enter_leavers();
   const int last = first + params.rows_per_block, end = static_cast<int>(params.step.rows_out());
   rows.run(first, last < end ? last : end);
 }
@@ -662,6 +719,7 @@ select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
                                             : params.index_prop + image * p.prop + (position - kept);
     *target = p.prefix + i;
   });
+  sync_block();
   const SelectedIndices indices{order, kept, static_cast<int>(p.prefix)};
   run_step<T, kChunks>(params, shared, image, part * params.rows_per_block, indices);
 }
