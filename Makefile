@@ -4,7 +4,7 @@
 #   PYTHON=python3.12 make venv      another interpreter (3.10 or newer)
 #   make demo ARGS="--help"          options of `gtp-vit demo`
 #   make test ARGS="-k propagate"    options of pytest
-#   make clean build GTP_CUDA=0      options of the native build: GTP_CUDA, MAX_JOBS, TORCH_CUDA_ARCH_LIST
+#   make clean build GTP_CUDA=1      with the CUDA kernels, minutes of compilation; TORCH_CUDA_ARCH_LIST, MAX_JOBS
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +14,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Most changes need no CUDA kernels: `make cuda`, `make compile-check` and `make test-cuda` see to them.
+export GTP_CUDA ?= 0
+ARCH ?= 90-real
 
 # cmake, ninja and clang-format come from the environment too.
 BIN := $(abspath $(VENV))/bin
@@ -34,7 +37,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CXX_SOURCES := $(shell find csrc tests/native -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton sanitize sanitize-address sanitize-thread lint arm64 format demo wheel info \
+.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread lint arm64 format demo wheel info \
   compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
@@ -86,6 +89,29 @@ test-triton: build  ## the tests of the ops and of a patched model on the Triton
 	@echo "-- Triton kernels in the interpreter: $(INTERPRETED)"
 	@TRITON_INTERPRET=1 $(ONE_THREAD) $(PYTEST) -W ignore -k triton -n $(WORKERS) --dist worksteal \
 	  --durations=10 --durations-min=20 $(INTERPRETED) $(ARGS)
+
+EMULATED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py patch_timm.py)
+
+test-cuda: build  ## the same tests on the CUDA C++ kernels, on the emulated GPU
+	@echo "-- CUDA kernels in emulation: $(EMULATED)"
+	@GTP_KERNELS_EMULATE_CUDA=1 $(ONE_THREAD) $(PYTEST) -k cuda -n $(WORKERS) --dist worksteal \
+	  --durations=10 --durations-min=10 $(EMULATED) $(ARGS)
+
+# For one architecture, as the check of the others compiles them too: that the library links, loads and refuses.
+CUDA_LIB = $(CURDIR)/build/cuda/lib
+
+cuda: build  ## the library with its CUDA kernels, for ARCH, in build/cuda, and its test
+	@nvcc=$$(GTP_CUDA=1 $(BIN)/python -c 'import setup; print(setup.cuda_compiler() or "")'); \
+	if [ -z "$$nvcc" ]; then echo "-- no nvcc that works: the CUDA kernels are left out"; exit 0; fi; \
+	echo "-- building the CUDA kernels for $(ARCH)"; \
+	rm -rf $(CUDA_LIB); \
+	$(BIN)/python setup.py --quiet build_py --build-lib $(CUDA_LIB); \
+	CUDACXX=$$nvcc cmake -S . -B build/cuda/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=ON \
+	  -DGTP_CUDA_ARCHITECTURES="$(ARCH)" -DPython_EXECUTABLE=$(BIN)/python -DGTP_OUTPUT_DIR=$(CUDA_LIB)/gtp_kernels \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null; \
+	cmake --build build/cuda/cmake --parallel $${MAX_JOBS:-$(CORES)} -- --quiet; \
+	cd $(CUDA_LIB) && PYTHONPATH=$(CUDA_LIB) $(PYTEST) -c $(CURDIR)/pyproject.toml -o pythonpath=$(CUDA_LIB) \
+	  --capture=sys $(CURDIR)/tests/test_cuda_library.py
 
 # Each in a folder of its own: cmake/ is the build, lib/ a copy of the packages around the libraries that it made.
 SANITIZED = build/sanitize-$(@:sanitize-%=%)

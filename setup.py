@@ -152,11 +152,27 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
+def gpus_here() -> str:
+    """The compute capabilities of this machine's GPUs, as in TORCH_CUDA_ARCH_LIST; empty where it has none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = sorted({line.strip() for line in done.stdout.splitlines()})
+    return ";".join(found) if all(re.fullmatch(r"\d+\.\d+", name) for name in found) else ""
+
+
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's words ("80-real;90-real;90-virtual")."""
-    architectures = []
-    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
-        if not entry or switch("GTP_CUDA") == "OFF":
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else this machine's GPUs, in CMake's words ("80-real;90-real;90-virtual").
+
+    Empty where neither says anything: CMakeLists.txt then has a list for all.
+    """
+    architectures: list[str] = []
+    if switch("GTP_CUDA") == "OFF":
+        return ""
+    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or gpus_here()):
+        if not entry:
             continue
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if match is None:

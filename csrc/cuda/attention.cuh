@@ -15,7 +15,8 @@ namespace cuda {
 
 // N up to 8 kTiles. A warp has kRows times 16 queries: up to 12 warps may have 168 registers a thread, 13 only 128, as
 // one quarter of the multiprocessor has four of them, and a row of 200 values takes 100. So beyond 192 tokens 7 warps
-// have two each, and 255 registers.
+// have two each, and 255 registers, all of them in use: what else this form does in its own way, here and in
+// multiply_keys, is what every architecture compiles without a spill.
 template <int kSize, int kNumTiles>
 struct RegisterForm {
   static constexpr int kTiles = kNumTiles, kSteps = (kTiles + 1) / 2;
@@ -27,8 +28,8 @@ struct RegisterForm {
   // Of a block on one multiprocessor; registers allow that many.
   static constexpr int kBlocks = kSteps > 8 ? 1 : kSteps > 4 || kSize > 64 ? 2 : 3;
   // One tile of keys in so many is the sample.
-  static constexpr int kSampleStep = kSteps >= 7 ? 8 : kSteps >= 4 ? 4 : 1;
-  static constexpr int kRoom = 12 * kSteps * kSteps + 64;  // candidates: some 5 % of the map
+  static constexpr int kSampleStep = kRows > 1 ? 16 : kSteps >= 7 ? 8 : kSteps >= 4 ? 4 : 1;
+  static constexpr int kRoom = kCount / 12;  // candidates
   static constexpr int kState = 8;
   // While the threshold is sought, two histograms, the state and the candidates; then the column sums of each warp.
   static constexpr size_t kSelecting = sizeof(int) * (2 * kBins + kState + kRoom);
@@ -41,6 +42,9 @@ struct RegisterForm {
 template <class Form>
 using RegisterMap = float[Form::kRows][Form::kTiles][4];
 
+constexpr GTP_HOST_DEVICE int smaller(int a, int b) {
+  return a < b ? a : b;
+}
 // A number as an argument.
 template <int kValue>
 struct Number {
@@ -254,7 +258,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     }
     wait_copies<1>();
     sync_block();
-    // 32 dimensions at a time: their sums fit the registers beside the packed map.
+    // Some dimensions at a time: their sums fit the registers beside the packed map.
     const auto multiply_part = [&](auto from, auto pairs) {
       constexpr int kFrom = decltype(from)::value, kPairs = decltype(pairs)::value;
       if constexpr (kPairs > 0) {
@@ -267,11 +271,12 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
         for (int r = 0; r < kRows; ++r) store_out<T, kFrom, kPairs>(p, head, first_query() + 16 * r, out[r]);
       }
     };
-    constexpr int kPairs = kSize / 16;
-    multiply_part(Number<0>(), Number<2>());
-    multiply_part(Number<2>(), Number<(kPairs < 4 ? kPairs - 2 : 2)>());
-    multiply_part(Number<4>(), Number<(kPairs < 4 ? 0 : kPairs < 6 ? kPairs - 4 : 2)>());
-    multiply_part(Number<6>(), Number<(kPairs < 6 ? 0 : kPairs - 6)>());
+    constexpr int kPairs = kSize / 16, kPart = kRows > 1 ? 1 : 2;
+    static_assert(4 * kPart >= kPairs);
+    multiply_part(Number<0>(), Number<kPart>());
+    multiply_part(Number<kPart>(), Number<smaller(kPart, kPairs - kPart)>());
+    multiply_part(Number<2 * kPart>(), Number<smaller(kPart, kPairs - 2 * kPart)>());
+    multiply_part(Number<3 * kPart>(), Number<smaller(kPart, kPairs - 3 * kPart)>());
     const int64_t scores = static_cast<int64_t>(head) * tokens;
     GTP_NO_UNROLL
     for (int key = static_cast<int>(threadIdx.x); key < tokens; key += Form::kThreads) {

@@ -78,7 +78,8 @@ GTP_DEVICE void multiply_keys(float (&s)[kRows][kTiles][4], const unsigned char*
   const int lane = forget(lane_id());
   const Address queries = shared_address(q) + (row + lane % 16) * Rows::kRowBytes;
   const Address keys = shared_address(k) + (lane % 8 + lane / 16 * 8) * Rows::kRowBytes;
-  GTP_UNROLL
+  constexpr int kUnroll = kRows > 1 ? 1 : kSize / 16;  // beside two rows the operands of the next step find no place
+  GTP_UNROLL_BY(kUnroll)
   for (int step = 0; step < kSize / 16; ++step) {
     uint32_t a[kRows][4];
     GTP_UNROLL

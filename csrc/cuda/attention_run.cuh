@@ -23,11 +23,11 @@ struct Classes {
 // f(the classes of the smallest padded head size that holds `size`).
 template <class F>
 auto for_head_size(int64_t size, const F& f) {
-  if (size <= 32) return f(Classes<32, 8, 16, 20, 24>());
+  if (size <= 32) return f(Classes<32, 8, 16, 24>());
   // The run of a model at 224 pixels: 197 tokens and what P in every block leaves of them.
   if (size <= 64) return f(Classes<64, 4, 8, 12, 14, 16, 18, 20, 22, 24, 25>());
-  if (size <= 80) return f(Classes<80, 8, 16, 20, 24>());
-  if (size <= 96) return f(Classes<96, 8, 16, 20, 24>());
+  if (size <= 80) return f(Classes<80, 8, 16, 24>());
+  if (size <= 96) return f(Classes<96, 8, 16, 24>());
   return f(Classes<128, 8, 16, 22>());
 }
 

@@ -20,6 +20,8 @@
 #define GTP_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define GTP_UNROLL _Pragma("unroll")
 #define GTP_NO_UNROLL _Pragma("unroll 1")
+#define GTP_PRAGMA(text) _Pragma(#text)
+#define GTP_UNROLL_BY(count) GTP_PRAGMA(unroll count)
 
 namespace gtp {
 namespace cuda {
