@@ -29,7 +29,7 @@
 #define GTP_SHARED(name) unsigned char* const name = ::gtp::emulated::block().shared
 #define GTP_UNROLL
 #define GTP_NO_UNROLL
-#define GTP_UNROLL_BY(count)
+#define GTP_UNROLL_BY(count) static_cast<void>(count);
 
 namespace gtp {
 namespace emulated {
