@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from test_graph import check_csr, embedded
@@ -18,7 +15,6 @@ from torch import Tensor
 from gtp_kernels import TokenGraph, reference
 from gtp_kernels.reference.graph import edge_capacity, num_semantic_neighbours
 
-ROOT = Path(__file__).parents[1]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 TYPES = ["Spatial", "Semantic", "Mixed"]
 GUARD = 64
@@ -28,26 +24,7 @@ Build = Callable[..., TokenGraph]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs g++")
-    target = tmp_path_factory.mktemp("cuda_graph") / "graph.so"
-    # setjmp between stacks is what _FORTIFY_SOURCE takes for an attack.
-    flags = [
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-O2",
-        "-U_FORTIFY_SOURCE",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-DGTP_EMULATE_CUDA",
-    ]
-    folders = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/native'}", "-DGTP_EMULATE_CUDA"]
-    source = ROOT / "tests/native/cuda_graph_shim.cpp"
-    subprocess.run([compiler, *flags, *folders, str(source), "-o", str(target)], check=True)
-    loaded = ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(emulated.build("cuda_graph_shim.cpp", tmp_path_factory.mktemp("cuda_graph"))))
     loaded.graph_workspace.restype = ctypes.c_int64
     return loaded
 

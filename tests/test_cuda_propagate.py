@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import pathlib
-import shutil
-import subprocess
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from test_propagate import slack_of_norm
@@ -19,22 +17,19 @@ from torch import Tensor
 from gtp_kernels import TokenGraph, checks, reference
 from gtp_kernels.reference import AttentionScores
 
-ROOT = pathlib.Path(__file__).parent.parent
-COMPILER = shutil.which("g++") or "g++"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 STANDARD_NUMBER = {"None": 0, "Mean": 1, "GraphProp": 2}
 NORM_NUMBER = {"none": 0, "layer": 1, "rms": 2}
 SOURCE_NUMBER = {"CLSAttn": 0, "IMGAttn": 1, "DiagAttn": 2, "MixedAttn": 3, "SumAttn": 4}
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 INT, POINTER, DOUBLE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 ROWS = (("data", POINTER), ("dtype", INT), ("stride_b", INT), ("stride_n", INT))
 
 
 def structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """A structure of ``native/cuda_shim.cpp``: ``name:kind`` for each field, ``name`` alone for an int64."""
+    """A structure of ``native/cuda_propagate_shim.cpp``: ``name:kind`` for each field, ``name`` alone for an int64."""
     kinds: dict[str, Any] = {"": INT, "p": POINTER, "d": DOUBLE, "rows": Rows, "vector": Vector}
     return type(
         name,
@@ -65,18 +60,7 @@ Step = structure(
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("cuda")
-    options = ["-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-DGTP_EMULATE_CUDA"]
-    include = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests" / "native")]
-    objects = []
-    for source in ("csrc/cuda/select.cu", "csrc/cuda/propagate.cu", "tests/native/cuda_shim.cpp"):
-        objects.append(str(folder / f"{pathlib.Path(source).stem}.o"))
-        subprocess.run(
-            [COMPILER, *options, *include, "-x", "c++", "-c", str(ROOT / source), "-o", objects[-1]], check=True
-        )
-    target = folder / "libcuda_shim.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", str(target)], check=True)
-    loaded = ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(emulated.build("cuda_propagate_shim.cpp", tmp_path_factory.mktemp("cuda_propagate"))))
     for name in ("token_importance", "select_tokens", "propagate", "select_propagate"):
         getattr(loaded, f"shim_{name}").restype = ctypes.c_char_p
     return loaded

@@ -3,8 +3,8 @@
 // A lane runs until it meets a collective of its warp, a barrier of the block, or its end; a collective happens when
 // all 32 lanes have come to the same one, at the same line of the same kind. In which order lanes and warps run between
 // two such points is drawn from a seed (GTP_EMULATED_SEED), so that a missing barrier shows. Shared memory begins as
-// NaN, and ends with a guard; a copy_async lands when it is waited for and not before. What is not emulated: the
-// rounding inside a tensor core (here the sum of 16 products is exact and rounded once), and time.
+// NaN, and ends with a guard; a copy_async lands at once or when it is waited for, which the seed decides. What is not
+// emulated: the rounding inside a tensor core (here the sum of 16 products is exact and rounded once), and time.
 #pragma once
 
 #include <math.h>
@@ -77,6 +77,7 @@ class Block {
   Index index{}, size{}, grid{};
   unsigned char* shared = nullptr;
   Lane* lane = nullptr;
+  std::mt19937* random = nullptr;
 
   // One block of the grid: body(), for every thread.
   void run(int threads, size_t shared_bytes, const std::function<void()>& body, std::mt19937& order) {
@@ -84,6 +85,7 @@ class Block {
     memory_.assign(shared_bytes + kGuard + 64, kPoison);
     shared = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64;
     body_ = &body;
+    random = &order;
     size = {static_cast<unsigned>(threads), 1, 1};
     while (lanes_.size() < static_cast<size_t>(threads)) {
       lanes_.push_back(std::make_unique<Lane>());
@@ -340,7 +342,11 @@ inline void copy_async(void* target, const void* source, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(source) % 16) emulated::fail("copy_async: the source is not aligned");
   emulated::Lane::Copy copy{target, {}};
   if (valid) std::memcpy(copy.data, source, 16);
-  emulated::block().lane->open.push_back(copy);
+  if ((*emulated::block().random)() % 2) {
+    std::memcpy(target, copy.data, 16);
+  } else {
+    emulated::block().lane->open.push_back(copy);
+  }
 }
 inline void commit_copies() {
   emulated::Lane* const lane = emulated::block().lane;

@@ -2,7 +2,8 @@
 // Enumerations come as their numbers in params.h, an array as its address and a Rows as (address, type, stride_b,
 // stride_n); 0 where there is none. Each returns the text of an error, or null.
 
-#include "cuda/kernels.h"
+#include "cuda/propagate.cu"
+#include "cuda/select.cu"
 
 namespace {
 
