@@ -1,0 +1,79 @@
+"""That the tests of the emulated CUDA kernels can fail: each runs on kernels in which one line was changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import CSRC, build
+
+TESTS = Path(__file__).parent
+# For each stem the tests that notice, by pytest's -k.
+NOTICED_BY = {
+    "attention": "matches_definition or every_rank or ties",
+    "graph": "ties or numbers_of_neighbours",
+    "propagate": "residual_step or test_select or test_propagate",
+}
+# (stem, file, what stands there, what takes its place): errors that a reader could overlook.
+MUTATIONS = [
+    ("attention", "attention_map.cuh", "2 * step + lane / 8 % 2", "2 * step + lane / 16"),
+    ("attention", "attention_map.cuh", "load_matrices<true>", "load_matrices<false>"),
+    ("attention", "attention_map.cuh", "p[1] = pack(left[2], left[3], T());", "p[1] = pack(right[0], right[1], T());"),
+    ("attention", "attention_map.cuh", "int half = 4, mask = 16", "int half = 4, mask = 8"),
+    ("attention", "attention_threshold.cuh", "rank <= below + here", "rank < below + here"),
+    ("attention", "attention_threshold.cuh", "    rank -= state[1];\n", ""),
+    ("attention", "attention.cuh", " && inside <= Form::kRoom", ""),
+    ("attention", "attention.cuh", "query = first_query() + 8 * i;", "query = first_query() + 8 * (i ^ 1);"),
+    ("attention", "attention.cuh", "k);\n    sync_block();\n    load_keys(", "k);\n    load_keys("),
+    ("attention", "attention.cuh", "rank + Form::kCount", "rank + 1 + Form::kCount"),
+    ("attention", "attention_sweep.cuh", "sum[half] *= ", "sum[half] += 0 * "),
+    (
+        "attention",
+        "attention_sweep.cuh",
+        "visit(block * kSweepKeys, s);\n    sync_block();",
+        "visit(block * kSweepKeys, s);",
+    ),
+    ("attention", "attention_sweep.cuh", " && inside <= p.room", ""),
+    ("attention", "attention.cu", "int block = 0; block < p.row_blocks", "int block = 1; block < p.row_blocks"),
+    ("graph", "graph.cuh", " || column == own_row + r", ""),
+    ("graph", "graph.cuh", "before < key ? before : key", "before > key ? before : key"),
+    ("graph", "graph.cuh", "place += shuffle(other, l) < column", "place += shuffle(other, l) <= column"),
+    (
+        "propagate",
+        "propagate.cuh",
+        "    sync_block();\n    if (r < last) block.load_batch",
+        "    if (r < last) block.load_batch",
+    ),
+    ("propagate", "propagate.cuh", "sources.mean ? 1 : static_cast<double>(sources.value)", "1.0"),
+    ("propagate", "propagate.cuh", "sources.mean ? 1.f : alpha * sources.value", "alpha * sources.value"),
+    ("propagate", "select.cuh", "four.key[k] > key", "four.key[k] >= key"),
+    ("propagate", "select.cuh", "w < warp_id() ? of_warp[w] : 0", "w <= warp_id() ? of_warp[w] : 0"),
+]
+
+
+@pytest.mark.parametrize("mutation", range(len(MUTATIONS)))
+def test_a_changed_line_is_noticed(tmp_path: Path, mutation: int) -> None:
+    stem, file, old, new = MUTATIONS[mutation]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
+    (csrc / "cuda" / file).write_text(text.replace(old, new))
+    # That it compiles is not the question.
+    library = build(f"cuda_{stem}_shim.cpp", tmp_path, csrc=csrc, optimize="-O1")
+    pytest_of_stem = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"test_cuda_{stem}.py"]
+    done = subprocess.run(
+        [*pytest_of_stem, "-k", NOTICED_BY[stem]],
+        cwd=TESTS,
+        env={**os.environ, "GTP_EMULATED_SHIM": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    # 1: tests failed; anything else below 0: the emulated GPU ended the process.
+    assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr
