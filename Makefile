@@ -97,8 +97,7 @@ test-cuda: build  ## the same tests on the CUDA C++ kernels, on the emulated GPU
 	@GTP_KERNELS_EMULATE_CUDA=1 $(ONE_THREAD) $(PYTEST) -k cuda -n $(WORKERS) --dist worksteal \
 	  --durations=10 --durations-min=10 $(EMULATED) $(ARGS)
 
-# For one architecture and hardly optimized, as compile-check compiles them as they ship: that the library links, loads
-# and refuses.
+# For one architecture, as compile-check compiles the others: that the library links, loads and refuses.
 CUDA_LIB = $(CURDIR)/build/cuda/lib
 
 cuda: build  ## the library with its CUDA kernels, for ARCH, in build/cuda, and its test
@@ -108,7 +107,7 @@ cuda: build  ## the library with its CUDA kernels, for ARCH, in build/cuda, and 
 	rm -rf $(CUDA_LIB); \
 	$(BIN)/python setup.py --quiet build_py --build-lib $(CUDA_LIB); \
 	CUDACXX=$$nvcc cmake -S . -B build/cuda/cmake -G Ninja -DTORCH_DIR=$(TORCH) -DGTP_CUDA=ON \
-	  -DGTP_CUDA_ARCHITECTURES="$(ARCH)" -DCMAKE_CUDA_FLAGS=-Xptxas=-O1 -DPython_EXECUTABLE=$(BIN)/python -DGTP_OUTPUT_DIR=$(CUDA_LIB)/gtp_kernels \
+	  -DGTP_CUDA_ARCHITECTURES="$(ARCH)" -DPython_EXECUTABLE=$(BIN)/python -DGTP_OUTPUT_DIR=$(CUDA_LIB)/gtp_kernels \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null; \
 	cmake --build build/cuda/cmake --parallel $${MAX_JOBS:-$(CORES)} -- --quiet; \
 	cd $(CUDA_LIB) && PYTHONPATH=$(CUDA_LIB) $(PYTEST) -c $(CURDIR)/pyproject.toml -o pythonpath=$(CUDA_LIB) \
