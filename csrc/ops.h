@@ -129,6 +129,41 @@ struct Graph {
   GraphView view;
 };
 
+// The scores that `params` reads.
+struct Scores {
+  Tensor diag, colsum, cls_row;
+  ImportanceParams params;
+};
+
+// What `params` reads, and its outputs; the indices are for the caller to set.
+struct Step {
+  PropagateParams params;
+  Graph graph;
+  Optional x, branch, layer_scale, norm_weight, norm_bias, token_scales;
+  Optional x_out, normed, token_out, scales_out;
+};
+
+// select_propagate by the three kernels of a device, with the importance in memory.
+template <class Device>
+void in_turn(Device& device, const SelectPropagateParams& p, const Tensor& like) {
+  ImportanceParams importance = p.importance;
+  SelectParams select;
+  select.dtype = importance.dtype;
+  select.batch = importance.batch;
+  select.count = importance.tokens - importance.prefix;
+  select.prop = p.step.prop;
+  select.prefix = importance.prefix;
+  select.by_index = p.by_index;
+  select.index_kept = p.index_kept;
+  select.index_prop = p.index_prop;
+  const Tensor values = empty(like, {select.batch, select.count}, scalar_type(select.dtype));
+  importance.importance = values.mutable_data_ptr();
+  select.importance = importance.importance;
+  device.token_importance(importance);
+  device.select_tokens(select);
+  device.propagate(p.step);
+}
+
 // Device: `holds` says whether a tensor is where its kernels work, `kName` where that is; an object of it, made from
 // the first argument, runs kernels, and throws what they say.
 template <class Device>
@@ -291,8 +326,8 @@ struct Ops {
     return {grad_q, grad_k, grad_v};
   }
 
-  static Tensor importance_op(const Tensor& diag, const Tensor& colsum, const Tensor& cls_row,
-                              const std::string& standard, int64_t num_prefix, const std::string& semantics) {
+  static Scores scores_of(const Tensor& diag, const Tensor& colsum, const Tensor& cls_row, const std::string& standard,
+                          int64_t num_prefix, const std::string& semantics) {
     ImportanceParams p;
     p.dtype = wide_floating("diag", diag);
     check_type("colsum", colsum, diag.scalar_type());
@@ -310,14 +345,28 @@ struct Ops {
     p.source = importance.source;
     p.aggregate = importance.aggregate;
     p.subtract_diag = is_paper(semantics);
-    const Tensor d = to_contiguous(diag), c = to_contiguous(colsum), r = to_contiguous(cls_row);
-    p.diag = d.const_data_ptr();
-    p.colsum = c.const_data_ptr();
-    p.cls_row = r.const_data_ptr();
+    Scores scores{to_contiguous(diag), to_contiguous(colsum), to_contiguous(cls_row), p};
+    scores.params.diag = scores.diag.const_data_ptr();
+    scores.params.colsum = scores.colsum.const_data_ptr();
+    scores.params.cls_row = scores.cls_row.const_data_ptr();
+    return scores;
+  }
+
+  static Tensor importance_op(const Tensor& diag, const Tensor& colsum, const Tensor& cls_row,
+                              const std::string& standard, int64_t num_prefix, const std::string& semantics) {
+    Scores scores = scores_of(diag, colsum, cls_row, standard, num_prefix, semantics);
+    ImportanceParams& p = scores.params;
     Tensor result = empty(diag, {p.batch, p.tokens - num_prefix}, diag.scalar_type());
     p.importance = result.mutable_data_ptr();
     Device(diag).token_importance(p);
     return result;
+  }
+
+  static void check_selection(int64_t count, int64_t num_prop, int64_t num_prefix) {
+    GTP_CHECK(num_prop >= 0 && num_prop <= count, "num_prop is ", num_prop, "; it must be in [0, ", count, "]");
+    GTP_CHECK(num_prefix >= 0, "num_prefix is ", num_prefix, "; it must not be negative");
+    GTP_CHECK(count <= std::numeric_limits<int32_t>::max(), "there are ", count,
+              " tokens to choose from; n must fit int32");
   }
 
   static std::tuple<Tensor, Tensor> select_op(const Tensor& importance, int64_t num_prop, int64_t num_prefix,
@@ -329,10 +378,7 @@ struct Ops {
     p.count = importance.size(1);
     p.prop = num_prop;
     p.prefix = num_prefix;
-    GTP_CHECK(num_prop >= 0 && num_prop <= p.count, "num_prop is ", num_prop, "; it must be in [0, ", p.count, "]");
-    GTP_CHECK(num_prefix >= 0, "num_prefix is ", num_prefix, "; it must not be negative");
-    GTP_CHECK(p.count <= std::numeric_limits<int32_t>::max(), "importance has shape ", shape_of(importance),
-              "; n must fit int32");
+    check_selection(p.count, num_prop, num_prefix);
     p.by_index = option<bool>("order", order, parse_order);
     const Tensor source = to_contiguous(importance);
     Tensor kept = empty(importance, {p.batch, p.count - num_prop}, ScalarType::Long);
@@ -344,13 +390,14 @@ struct Ops {
     return {kept, prop};
   }
 
-  // propagate, and with a branch the whole block transition.
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> transition(
-      const Tensor& x, const Tensor* branch, const Optional& layer_scale, const Optional& indptr,
-      const Optional& indices, const Optional& values, const Optional& token, const Tensor& index_kept,
-      const Tensor& index_prop, const Optional& token_scales, const Optional& norm_weight, const Optional& norm_bias,
-      double norm_eps, const std::string& norm, const std::string& standard, double alpha, int64_t num_prefix) {
-    PropagateParams p;
+  // propagate, and with a branch the whole block transition, for `kept` and `prop` tokens.
+  static Step step_of(const Tensor& x, const Tensor* branch, const Optional& layer_scale, const Optional& indptr,
+                      const Optional& indices, const Optional& values, const Optional& token, int64_t kept,
+                      int64_t prop, const Optional& token_scales, const Optional& norm_weight,
+                      const Optional& norm_bias, double norm_eps, const std::string& norm, const std::string& standard,
+                      double alpha, int64_t num_prefix) {
+    Step step;
+    PropagateParams& p = step.params;
     const DType dtype = floating("x", x);
     check_dim("x", x, 3, "[B, N, C]");
     p.batch = x.size(0);
@@ -358,48 +405,61 @@ struct Ops {
     p.channels = x.size(2);
     p.prefix = num_prefix;
     check_prefix(num_prefix, p.tokens);
-    const Selection selection = selection_of(index_kept, index_prop, p.batch);
-    set_selection(p, selection);
+    p.kept = kept;
+    p.prop = prop;
     p.standard = option<Standard>("standard", standard);
     p.norm = option<Norm>("norm", norm);
     p.alpha = alpha;
     p.norm_eps = norm_eps;
-    Graph graph;
     if (p.standard == Standard::GraphProp) {
-      graph = graph_of(indptr, indices, values, token, p.batch, p.tokens - num_prefix);
-      p.graph = graph.view;
+      step.graph = graph_of(indptr, indices, values, token, p.batch, p.tokens - num_prefix);
+      p.graph = step.graph.view;
     }
-    const Tensor x_rows = with_rows(x);
-    p.x = rows_of(x_rows, dtype);
+    step.x = with_rows(x);
+    p.x = rows_of(*step.x, dtype);
     p.out_dtype = dtype;
-    Optional branch_rows, scale_holder, weight_holder, bias_holder, scales_holder;
     if (branch) {
       const DType branch_dtype = floating("branch", *branch);
       check_shape("branch", *branch, {p.batch, p.tokens, p.channels}, "[B, N, C]");
-      branch_rows = with_rows(*branch);
-      p.branch = rows_of(*branch_rows, branch_dtype);
+      step.branch = with_rows(*branch);
+      p.branch = rows_of(*step.branch, branch_dtype);
       p.out_dtype = promote(dtype, branch_dtype);
       // An empty tensor may have no memory; a null pointer would read as absent.
-      if (!p.branch.data) p.branch.data = &p;
+      static const double nothing = 0;
+      if (!p.branch.data) p.branch.data = &nothing;
     }
-    p.layer_scale = vector_of("layer_scale", layer_scale, {p.channels}, "[C]", false, scale_holder);
-    p.norm_weight = vector_of("norm_weight", norm_weight, {p.channels}, "[C]", false, weight_holder);
-    p.norm_bias = vector_of("norm_bias", norm_bias, {p.channels}, "[C]", false, bias_holder);
-    p.token_scales = vector_of("token_scales", token_scales, {p.batch, p.tokens}, "[B, N]", true, scales_holder);
+    p.layer_scale = vector_of("layer_scale", layer_scale, {p.channels}, "[C]", false, step.layer_scale);
+    p.norm_weight = vector_of("norm_weight", norm_weight, {p.channels}, "[C]", false, step.norm_weight);
+    p.norm_bias = vector_of("norm_bias", norm_bias, {p.channels}, "[C]", false, step.norm_bias);
+    p.token_scales = vector_of("token_scales", token_scales, {p.batch, p.tokens}, "[B, N]", true, step.token_scales);
 
     const Shape shape = {p.batch, p.rows_out(), p.channels};
     const ScalarType out_type = scalar_type(p.out_dtype);
-    Tensor x_out = empty(x, shape, out_type);
-    Tensor normed = empty(x, p.norm == Norm::None ? Shape{0} : shape, out_type);
-    Tensor token_out = empty(x, p.standard == Standard::GraphProp ? Shape{p.batch, p.kept} : Shape{0}, ScalarType::Int);
-    Tensor scales_out = token_scales ? empty(x, {p.batch, p.rows_out()}, token_scales->scalar_type())
-                                     : empty(x, {0}, ScalarType::Float);
-    p.x_out = x_out.mutable_data_ptr();
-    p.normed = normed.mutable_data_ptr();
-    p.token_out = static_cast<int32_t*>(token_out.mutable_data_ptr());
-    p.scales_out = scales_out.mutable_data_ptr();
-    Device(x).propagate(p);
-    return {x_out, normed, token_out, scales_out};
+    step.x_out = empty(x, shape, out_type);
+    step.normed = empty(x, p.norm == Norm::None ? Shape{0} : shape, out_type);
+    step.token_out = empty(x, p.standard == Standard::GraphProp ? Shape{p.batch, p.kept} : Shape{0}, ScalarType::Int);
+    step.scales_out = token_scales ? empty(x, {p.batch, p.rows_out()}, token_scales->scalar_type())
+                                   : empty(x, {0}, ScalarType::Float);
+    p.x_out = step.x_out->mutable_data_ptr();
+    p.normed = step.normed->mutable_data_ptr();
+    p.token_out = static_cast<int32_t*>(step.token_out->mutable_data_ptr());
+    p.scales_out = step.scales_out->mutable_data_ptr();
+    return step;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> transition(
+      const Tensor& x, const Tensor* branch, const Optional& layer_scale, const Optional& indptr,
+      const Optional& indices, const Optional& values, const Optional& token, const Tensor& index_kept,
+      const Tensor& index_prop, const Optional& token_scales, const Optional& norm_weight, const Optional& norm_bias,
+      double norm_eps, const std::string& norm, const std::string& standard, double alpha, int64_t num_prefix) {
+    check_dim("x", x, 3, "[B, N, C]");
+    const Selection selection = selection_of(index_kept, index_prop, x.size(0));
+    Step step =
+        step_of(x, branch, layer_scale, indptr, indices, values, token, selection.kept.size(1), selection.prop.size(1),
+                token_scales, norm_weight, norm_bias, norm_eps, norm, standard, alpha, num_prefix);
+    set_selection(step.params, selection);
+    Device(x).propagate(step.params);
+    return {*step.x_out, *step.normed, *step.token_out, *step.scales_out};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> propagate_op(const Tensor& x, const Optional& indptr,
@@ -420,6 +480,32 @@ struct Ops {
       double norm_eps, const std::string& norm, const std::string& standard, double alpha, int64_t num_prefix) {
     return transition(x, &branch, layer_scale, indptr, indices, values, token, index_kept, index_prop, token_scales,
                       norm_weight, norm_bias, norm_eps, norm, standard, alpha, num_prefix);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_residual_propagate_norm(
+      const Tensor& x, const Tensor& branch, const Optional& layer_scale, const Optional& indptr,
+      const Optional& indices, const Optional& values, const Optional& token, const Tensor& diag, const Tensor& colsum,
+      const Tensor& cls_row, const std::string& selection, int64_t num_prop, const std::string& order,
+      const std::string& semantics, const Optional& token_scales, const Optional& norm_weight,
+      const Optional& norm_bias, double norm_eps, const std::string& norm, const std::string& standard, double alpha,
+      int64_t num_prefix) {
+    const Scores scores = scores_of(diag, colsum, cls_row, selection, num_prefix, semantics);
+    check_dim("x", x, 3, "[B, N, C]");
+    check_shape("diag", diag, {x.size(0), scores.params.heads, x.size(1)}, "[B, H, N]");
+    const int64_t batch = scores.params.batch, count = scores.params.tokens - num_prefix;
+    check_selection(count, num_prop, num_prefix);
+    SelectPropagateParams p;
+    p.by_index = option<bool>("order", order, parse_order);
+    const Step step = step_of(x, &branch, layer_scale, indptr, indices, values, token, count - num_prop, num_prop,
+                              token_scales, norm_weight, norm_bias, norm_eps, norm, standard, alpha, num_prefix);
+    Tensor kept = empty(x, {batch, count - num_prop}, ScalarType::Long);
+    Tensor prop = empty(x, {batch, num_prop}, ScalarType::Long);
+    p.importance = scores.params;
+    p.step = step.params;
+    p.step.index_kept = p.index_kept = static_cast<int64_t*>(kept.mutable_data_ptr());
+    p.step.index_prop = p.index_prop = static_cast<int64_t*>(prop.mutable_data_ptr());
+    Device(x).select_propagate(p, x);
+    return {*step.x_out, *step.normed, *step.token_out, *step.scales_out, kept, prop};
   }
 
   static Tensor propagate_backward_op(const Tensor& grad, const Optional& indptr, const Optional& indices,

@@ -142,6 +142,15 @@ struct PropagateParams {
   }
 };
 
+// token_importance, select_tokens and propagate one after the other, bit for bit. The indices of `step` are the
+// outputs.
+struct SelectPropagateParams {
+  ImportanceParams importance;  // its output may be null
+  bool by_index = true;
+  int64_t *index_kept = nullptr, *index_prop = nullptr;  // [B, K], [B, P]: outputs
+  PropagateParams step;
+};
+
 // grad_x [B, N, C] contiguous: the transpose of the map above in x (no branch, no norm).
 struct PropagateBackwardParams {
   Rows grad;  // [B, rows_out, C]

@@ -49,6 +49,9 @@ struct Cpu {
     Error error;
     GTP_CHECK(kernels().propagate(p, kParallel, error), error.text);
   }
+  void select_propagate(const SelectPropagateParams& p, const Tensor& like) {
+    in_turn(*this, p, like);
+  }
   void propagate_backward(const PropagateBackwardParams& p) {
     Error error;
     GTP_CHECK(kernels().propagate_backward(p, kParallel, error), error.text);
@@ -117,6 +120,15 @@ class Cuda {
     GTP_CHECK(cuda::propagate(p, stream_, error), error.text, "; x has shape ",
               text_of({p.batch, p.tokens, p.channels}));
   }
+  void select_propagate(const SelectPropagateParams& p, const Tensor& like) {
+    Error error;
+    bool takes = false;
+    GTP_CHECK(cuda::takes_select_propagate(p, takes, error), error.text);
+    if (!takes) return in_turn(*this, p, like);
+    GTP_CHECK(cuda::select_propagate(p, stream_, error), error.text, "; x has shape ",
+              text_of({p.step.batch, p.step.tokens, p.step.channels}), ", the scores have ",
+              text_of({p.importance.batch, p.importance.heads, p.importance.tokens}));
+  }
   void build_graph(const GraphParams& p, const Tensor& like) {
     const Tensor workspace = workspace_of(like, cuda::build_graph_workspace(p));
     Error error;
@@ -167,6 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(gtp_kernels, CPU, m) {
   m.impl("propagate_backward", TORCH_BOX(&On::propagate_backward_op));
   m.impl("propagate_dense", TORCH_BOX(&On::propagate_dense_op));
   m.impl("residual_propagate_norm", TORCH_BOX(&On::residual_propagate_norm));
+  m.impl("select_residual_propagate_norm", TORCH_BOX(&On::select_residual_propagate_norm));
   m.impl("build_graph", TORCH_BOX(&On::build_graph_op));
 }
 #endif
@@ -179,6 +192,7 @@ GTP_IMPLEMENTATION(GTP_NAMESPACE, GTP_CUDA_KEY, m) {
   m.impl("select_tokens", TORCH_BOX(&On::select_op));
   m.impl("propagate", TORCH_BOX(&On::propagate_op));
   m.impl("residual_propagate_norm", TORCH_BOX(&On::residual_propagate_norm));
+  m.impl("select_residual_propagate_norm", TORCH_BOX(&On::select_residual_propagate_norm));
   m.impl("build_graph", TORCH_BOX(&On::build_graph_op));
 }
 #endif

@@ -217,7 +217,7 @@ def choose(
     if device.type != "cuda" and not native.EMULATED:
         return _choose(_guard, op, device.type)
     dtype = tensor.dtype if dtype is None else dtype
-    needs_grad = op in _DIFFERENTIABLE and torch.is_grad_enabled() and _any_requires_grad(tensor, *others)
+    needs_grad = op in _DIFFERENTIABLE and torch.is_grad_enabled() and any_requires_grad(tensor, *others)
     fits, measured = True, False
     # Sizes may be symbols: torch.compile sees the branches on them here.
     if op == "attention":
@@ -229,7 +229,8 @@ def choose(
     return _choose(_guard, op, device.type, dtype, needs_grad, dense, fits, measured)
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors does."""
     for tensor in tensors:  # noqa: SIM110  # a loop costs half of what any() over a generator does
         if tensor is not None and tensor.requires_grad:
             return True

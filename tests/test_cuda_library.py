@@ -29,6 +29,10 @@ CALLS = {
         *(TOKENS, TOKENS, None, *GRAPH, INDEX, LEFT),
         *(None, None, None, 1e-6, "layer", "GraphProp", 0.1, 1),
     ),
+    "select_residual_propagate_norm": (
+        *(TOKENS, TOKENS, None, *GRAPH, *torch.zeros(3, 1, 1, 5), "MixedAttnMax", 1, "grid", "official"),
+        *(None, None, None, 1e-6, "layer", "GraphProp", 0.1, 1),
+    ),
     "build_graph": (TOKENS, 2, 2, "Mixed", 1, 1, "official"),
 }
 

@@ -385,6 +385,9 @@ def test_every_operator_is_counted_once() -> None:
         assert count(ops.propagate, x, *csr, kept, prop, None, *tail) == flops_of_it, standard
         fused = x, x, None, *csr, kept, prop, None, *norm, *tail
         assert count(ops.residual_propagate_norm, *fused) == flops_of_it, standard
+        selection = *torch.rand(3, B, H, N, generator=generator), "MixedAttnMax", P, "grid", "official"
+        fused = x, x, None, *csr, *selection, None, *norm, *tail
+        assert count(ops.select_residual_propagate_norm, *fused) == flops_of_it, standard
     dense = 2 * B * (n - P) * P * C
     assert count(ops.propagate_dense, x, graph.to_dense(), kept, prop, None, 0.2, 1) == dense
 

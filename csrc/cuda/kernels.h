@@ -26,14 +26,10 @@ bool select_tokens(const SelectParams&, void* stream, Error& error);
 // Float32, BFloat16 and Float16.
 bool propagate(const PropagateParams&, void* stream, Error& error);
 
-// token_importance, select_tokens and propagate in one launch: every block of an image makes the choice anew. Of `step`
-// the indices are not read; heads of at least 1. False where the scores of an image do not fit into shared memory.
-struct SelectPropagateParams {
-  ImportanceParams importance;  // Float32; its output may be null
-  bool by_index = true;
-  int64_t *index_kept = nullptr, *index_prop = nullptr;  // [B, K], [B, P]: outputs
-  PropagateParams step;
-};
+// All of them in one launch, for heads of at least 1: every block of an image makes the choice anew. `takes` says
+// whether there is such a kernel: for scores of Float32, of which those of an image fit into shared memory, and for
+// rows that it sums in the order of propagate. `error` is set where the device does not answer.
+bool takes_select_propagate(const SelectPropagateParams&, bool& takes, Error& error);
 bool select_propagate(const SelectPropagateParams&, void* stream, Error& error);
 bool build_graph(const GraphParams&, void* workspace, void* stream, Error& error);
 

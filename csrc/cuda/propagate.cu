@@ -117,6 +117,7 @@ struct SelectPropagateKernel {
 int most_chunks(const PropagateParams& p) {
   return p.out_dtype == DType::Float32 ? 12 : 16;
 }
+constexpr int kMostChunksSelected = 12;
 
 }  // namespace
 
@@ -136,6 +137,21 @@ bool propagate(const PropagateParams& p, void* stream, Error& error) {
   }
 }
 
+bool takes_select_propagate(const SelectPropagateParams& p, bool& takes, Error& error) {
+  takes = false;
+  Machine m;
+  if (!machine(m, error)) return false;
+  const bool registers = in_registers(p.step, kMostChunksSelected);
+  // Blocks come with rows, and would not make the choice without any. A norm's sums have another order where the row is
+  // in registers in one kernel only.
+  if (p.step.rows_out() == 0 || p.importance.dtype != DType::Float32 ||
+      registers != in_registers(p.step, most_chunks(p.step)))
+    return true;
+  const int64_t selected = p.step.tokens - p.step.prefix;
+  takes = lay_out(p.step, registers, false, selected).bytes <= static_cast<uint32_t>(m.shared_bytes);
+  return true;
+}
+
 bool select_propagate(const SelectPropagateParams& p, void* stream, Error& error) {
   if (p.importance.dtype != DType::Float32) {
     std::snprintf(error.text, sizeof error.text, "the CUDA kernel select_propagate takes scores of float32 only");
@@ -148,7 +164,7 @@ bool select_propagate(const SelectPropagateParams& p, void* stream, Error& error
   params.index_kept = p.index_kept;
   params.index_prop = p.index_prop;
   Launch l{"select_propagate", 0};
-  const bool registers = in_registers(p.step, 12);
+  const bool registers = in_registers(p.step, kMostChunksSelected);
   if (!prepare(params, p.step.tokens - p.step.prefix, registers, l, error)) return false;
   // Fewer lengths than above: each is as long to compile, and a shorter row leaves registers unused only.
   switch (p.step.out_dtype) {

@@ -1,5 +1,6 @@
 """Per op: the public function with its checks, the choice of backend, the fake kernel and the autograd."""
 
+import gtp_kernels.ops.select_propagate  # noqa: F401  # an operator without a public function
 from gtp_kernels.ops.attention import attention_with_scores
 from gtp_kernels.ops.graph import build_graph
 from gtp_kernels.ops.propagate import propagate, residual_propagate_norm

@@ -74,7 +74,7 @@ def propagate(
     _library.refuse_forward_mode(x)
     if backend != "cpu":
         check_index_values(weight, index_kept, index_prop, prefix, x.shape[1])
-    scales = _wide_scales(token_scales)
+    scales = wide_scales(token_scales)
     ops = _library.operators(backend)
     try:
         if standard == "GraphProp" and isinstance(weight, Tensor):
@@ -82,7 +82,7 @@ def propagate(
                 x, weight.detach(), index_kept, index_prop, scales, alpha, prefix
             )
         else:
-            parts = _graph_parts(weight, standard)
+            parts = graph_parts(weight, standard)
             out, token, scales_out = ops.propagate(x, *parts, index_kept, index_prop, scales, standard, alpha, prefix)
             if standard == "GraphProp" and isinstance(weight, TokenGraph):
                 weight = weight.with_token(token)
@@ -173,7 +173,7 @@ def unchecked_residual(
         check_index_values(graph, index_kept, index_prop, prefix, x.shape[1])
     try:
         out, normed, token, scales_out = _library.operators(backend).residual_propagate_norm(
-            x, branch, layer_scale, *_graph_parts(graph, standard), index_kept, index_prop, _wide_scales(token_scales),
+            x, branch, layer_scale, *graph_parts(graph, standard), index_kept, index_prop, wide_scales(token_scales),
             norm_weight, norm_bias, eps, norm, standard, alpha, prefix,
         )  # fmt: skip
     except RuntimeError:
@@ -185,11 +185,13 @@ def unchecked_residual(
     return out, None if norm == "none" else normed, graph, scales
 
 
-def _wide_scales(token_scales: Tensor | None) -> Tensor | None:
+def wide_scales(token_scales: Tensor | None) -> Tensor | None:
+    """Token scales [B, N] as the operators take them."""
     return None if token_scales is None else token_scales.detach().to(compute_dtype(token_scales.dtype))
 
 
-def _graph_parts(graph: object, standard: str) -> tuple[Tensor | None, ...]:
+def graph_parts(graph: object, standard: str) -> tuple[Tensor | None, ...]:
+    """indptr, indices, values, token; None each where the propagation reads no graph."""
     if standard == "GraphProp" and isinstance(graph, TokenGraph):
         return graph.indptr, graph.indices, graph.values, graph.token
     return None, None, None, None
@@ -263,7 +265,7 @@ def _dense_fake(
 
 
 @_library.fake("residual_propagate_norm")
-def _residual_fake(
+def residual_fake(
     x: Tensor,
     branch: Tensor,
     layer_scale: Tensor | None,
@@ -282,6 +284,7 @@ def _residual_fake(
     alpha: float,
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fake kernel of the operator."""
     rows = _num_rows(index_kept, index_prop, standard, num_prefix)
     dtype = torch.promote_types(x.dtype, branch.dtype)
     out = x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype)
@@ -405,7 +408,7 @@ def _dense_kernel(
     return out, weight_out, _library.absent(x, torch.float32) if scales is None else scales
 
 
-def _residual_kernel(
+def residual_kernel(
     x: Tensor,
     branch: Tensor,
     layer_scale: Tensor | None,
@@ -424,6 +427,7 @@ def _residual_kernel(
     alpha: float,
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator by its definition."""
     out, normed, graph, scales = reference.residual_propagate_norm(
         x, branch, graph_of(indptr, indices, values, token), index_kept, index_prop, layer_scale=layer_scale,
         norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, norm=norm, standard=standard, alpha=alpha,
@@ -442,7 +446,7 @@ def _rest(x: Tensor, graph: object, scales: Tensor | None, standard: str) -> tup
 _library.implement("propagate", _propagate_kernel)
 _library.implement("propagate_dense", _dense_kernel)
 _library.implement("propagate_backward", propagate_backward)
-_library.implement("residual_propagate_norm", _residual_kernel)
+_library.implement("residual_propagate_norm", residual_kernel)
 _library.autograd("propagate", _propagate_backward, _propagate_setup)
 _library.autograd("propagate_backward", _transpose_backward, _transpose_setup)
 _library.autograd("propagate_dense", _dense_backward, _dense_setup)

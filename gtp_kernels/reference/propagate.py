@@ -127,6 +127,11 @@ def check_index_values(
     """Checks the values of the indices; the native kernels do so themselves, and tell less."""
     checks.index_range("index_kept", index_kept, prefix, num_tokens)
     checks.index_range("index_prop", index_prop, prefix, num_tokens)
+    check_graph_values(weight)
+
+
+def check_graph_values(weight: Tensor | TokenGraph | None) -> None:
+    """The same of a graph."""
     if isinstance(weight, TokenGraph):
         checks.index_range("weight.token", weight.token, 0, weight.num_tokens)
         checks.index_range("weight.indices", weight.indices, 0, weight.num_tokens)

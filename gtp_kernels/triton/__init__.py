@@ -7,6 +7,7 @@ kernels; under ``TRITON_INTERPRET=1`` (set before this import) it launches the i
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "propagate_backward": propagate.propagate_backward,
     "propagate_dense": propagate.propagate_dense,
     "residual_propagate_norm": propagate.residual_propagate_norm,
+    "select_residual_propagate_norm": propagate.select_residual_propagate_norm,
     "build_graph": graph.build_graph,
 }
 
@@ -40,6 +42,9 @@ def _name_kernels(operator: str, launcher: Callable[..., Any]) -> None:
         # attention_backward launches kernels of attention too, and both call functions of attention_map.
         stem = launcher.__module__.partition("_backward")[0]
         modules = [module for name, module in sys.modules.items() if name.startswith(stem)]
+        # A launcher may call those of modules that its own has imported.
+        held = [value for module in modules for value in vars(module).values() if inspect.ismodule(value)]
+        modules += [module for module in held if module.__name__.startswith(__name__)]
         values = [value for module in modules for value in vars(module).values()]
         known[operator] = list(dict.fromkeys(value for value in values if isinstance(value, triton.JITFunction)))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gtp_kernels.ops import _library
 from gtp_kernels.reference.attention import compute_dtype
-from gtp_kernels.triton import configs, runtime
+from gtp_kernels.triton import configs, runtime, select
 
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
 
@@ -437,6 +437,40 @@ def residual_propagate_norm(
         x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop, token_scales, norm_weight,
         norm_bias, norm_eps, norm, standard, alpha, num_prefix,
     )  # fmt: skip
+
+
+def select_residual_propagate_norm(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    indptr: Tensor | None,
+    indices: Tensor | None,
+    values: Tensor | None,
+    token: Tensor | None,
+    diag: Tensor,
+    colsum: Tensor,
+    cls_row: Tensor,
+    selection: str,
+    num_prop: int,
+    order: str,
+    semantics: str,
+    token_scales: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    norm: str,
+    standard: str,
+    alpha: float,
+    num_prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``select_residual_propagate_norm``: the launches of the three that it stands for."""
+    importance = select.token_importance(diag, colsum, cls_row, selection, num_prefix, semantics)
+    index_kept, index_prop = select.select_tokens(importance, num_prop, num_prefix, order)
+    out, normed, token_out, scales_out = _transition(
+        x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop, token_scales, norm_weight,
+        norm_bias, norm_eps, norm, standard, alpha, num_prefix,
+    )  # fmt: skip
+    return out, normed, token_out, scales_out, index_kept, index_prop
 
 
 def _transition(

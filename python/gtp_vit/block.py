@@ -19,6 +19,7 @@ from gtp_kernels import AttentionScores, TokenGraph, checks, reference
 from gtp_kernels.ops.attention import unchecked_attention
 from gtp_kernels.ops.propagate import unchecked_residual
 from gtp_kernels.ops.select import unchecked_importance, unchecked_select
+from gtp_kernels.ops.select_propagate import unchecked_select_residual
 from gtp_kernels.reference.select import map_rows
 from gtp_vit.config import GTPConfig
 
@@ -157,11 +158,33 @@ def summarise(
     """
     if options.num_prop == 0:
         return x + (branch if layer_scale is None else branch * layer_scale), None, state.finished(options)
-    importance = importance_of(scores, options)
-    index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
     token_scales = state.token_scales
     if options.track_scales and token_scales is None:
         token_scales = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    # A trace keeps the importance, which the one call does not give.
+    if isinstance(scores, AttentionScores) and options.selection in checks.SCORE_STANDARDS and state.recorder is None:
+        x, normed, graph, token_scales, _, _ = unchecked_select_residual(
+            x,
+            branch,
+            scores,
+            state.graph,
+            options.selection,
+            options.num_prop,
+            "grid",
+            options.semantics,
+            layer_scale,
+            norm.weight,
+            norm.bias,
+            float(norm.eps),
+            norm.kind,
+            options.propagation,
+            float(options.alpha),
+            token_scales,
+            options.num_prefix,
+        )
+        return x, normed, State(graph, token_scales, None).finished(options)
+    importance = importance_of(scores, options)
+    index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
     x, normed, graph, token_scales = unchecked_residual(
         x,
         branch,

@@ -102,6 +102,33 @@ def _residual_propagate_norm(
     return _propagation(x[-1], indptr, indices, index_prop, standard)
 
 
+def _select_residual_propagate_norm(
+    x: Shape,
+    branch: Shape,
+    layer_scale: Shape | None,
+    indptr: Shape | None,
+    indices: Shape | None,
+    values: Shape | None,
+    token: Shape | None,
+    diag: Shape,
+    colsum: Shape,
+    cls_row: Shape,
+    selection: str,
+    num_prop: int,
+    order: str,
+    semantics: str,
+    token_scales: Shape | None,
+    norm_weight: Shape | None,
+    norm_bias: Shape | None,
+    norm_eps: float,
+    norm: str,
+    standard: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _propagation(x[-1], indptr, indices, (x[0], num_prop), standard)
+
+
 def _build_graph(x: Shape, height: int, width: int, graph_type: str, *args: Any, **kwargs: Any) -> int:
     """The cosine similarities of all pairs of image tokens; the spatial graph needs no product."""
     if graph_type not in ("Semantic", "Mixed"):
@@ -116,6 +143,7 @@ FORMULAS: dict[str, Formula] = {
     "propagate_backward": _propagate_backward,
     "propagate_dense": _propagate_dense,
     "residual_propagate_norm": _residual_propagate_norm,
+    "select_residual_propagate_norm": _select_residual_propagate_norm,
     "build_graph": _build_graph,
 }
 

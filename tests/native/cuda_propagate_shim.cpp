@@ -124,7 +124,7 @@ GTP_API const char* shim_propagate(const StepArguments* a) {
 }
 
 GTP_API const char* shim_select_propagate(const ImportanceArguments* scores, int64_t by_index, const StepArguments* a) {
-  cuda::SelectPropagateParams p;
+  SelectPropagateParams p;
   p.importance = importance_params(*scores);
   p.by_index = by_index != 0;
   p.step = step_params(*a);
