@@ -100,9 +100,12 @@ class Cuda {
 #endif
 
   void attention(const AttentionParams& p, const Tensor& like) {
-    const Tensor workspace = workspace_of(like, cuda::attention_workspace(p));
+    const size_t bytes = cuda::attention_workspace(p);  // none where the map is in registers
+    Optional workspace;
+    if (bytes > 0) workspace = workspace_of(like, bytes);
     Error error;
-    GTP_CHECK(cuda::attention(p, workspace.mutable_data_ptr(), stream_, error), error.text, "; q has shape ",
+    void* const memory = workspace ? workspace->mutable_data_ptr() : nullptr;
+    GTP_CHECK(cuda::attention(p, memory, stream_, error), error.text, "; q has shape ",
               text_of({p.batch, p.heads, p.tokens, p.head_size}));
   }
   void token_importance(const ImportanceParams& p) {
