@@ -38,6 +38,16 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
             "25 s each; rows are as long with 100 tokens",
         ),
         *(
+            (f"test_select_propagate.py::{test}", "10 s each; the launcher calls those of the three ops")
+            for test in (
+                "test_every_selection[triton-*]",
+                "test_the_same_bits[triton-importance-*]",
+                *(f"test_the_same_bits[triton-grid-*-dtype{i}]" for i in (1, 2, 3)),
+                "test_two_types_and_every_norm[triton-dtypes1-*]",
+                "test_many_tokens[triton-784-*]",
+            )
+        ),
+        *(
             (f"test_patch_timm.py::test_against_plain_forward[triton-{key}]", _MODEL)
             for key in (
                 "deit",
@@ -70,6 +80,11 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
         ("test_patch_timm.py::test_trace[triton-dinov2 registers-*]", _MODEL),
         ("test_patch_timm.py::test_trace[triton-gap-*]", _MODEL),
         ("test_patch_timm.py::test_trace[triton-vit-None]", _MODEL),
+        ("test_patch_timm.py::test_a_trace_changes_no_bit[triton-*-GraphProp-*]", _MODEL),
+        ("test_patch_timm.py::test_a_trace_changes_no_bit[triton-*-Mean-*]", _MODEL),
+        ("test_patch_timm.py::test_a_trace_changes_no_bit[triton-dinov2 registers-None-*]", _MODEL),
+        ("test_patch_timm.py::test_a_trace_changes_no_bit[triton-gap-None-*]", _MODEL),
+        ("test_patch_timm.py::test_a_trace_changes_no_bit[triton-res-post norm-None-*]", _MODEL),
         ("test_patch_timm.py::test_options_against_plain_forward[triton-res-post norm-*]", _MODEL),
         (
             "test_patch_timm.py::test_options_against_plain_forward[triton-vit-{'selection': '*Attn*'}]",
