@@ -32,7 +32,7 @@ BURST = 20
 
 
 def steps(setting: Setting) -> dict[str, Call]:
-    """The steps of one block of DeiT-S at batch 1; ``block`` is the attention and the rest in one call, as in gtp_vit."""
+    """The steps of a block of DeiT-S at batch 1; ``block`` is the attention and the rest in one call, as in gtp_vit."""
     heads, size, side = (2, 16, 4) if setting.tiny else (6, 64, 14)
     channels, num_tokens, num_prop = heads * size, side * side + 1, setting.num_prop
     q, k, v = setting.randn(1, num_tokens, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
