@@ -309,7 +309,7 @@ def _choose(
 
 # What torch.compiler.assume_constant_result sets: the decorator itself would import all of torch._dynamo here.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
-_measured_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_measured_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 def _automatic(
