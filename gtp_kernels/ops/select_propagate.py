@@ -6,6 +6,8 @@ token_importance, select_tokens and residual_propagate_norm give one after the o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -125,23 +127,14 @@ def _fake(
     num_prop: int,
     order: str,
     semantics: str,
-    token_scales: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    norm: str,
-    standard: str,
-    alpha: float,
-    num_prefix: int,
+    *step: Any,
 ) -> tuple[Tensor, ...]:
+    num_prefix = step[-1]  # of what residual_propagate_norm takes from token_scales on
     batch, num_tokens, _ = x.shape
     index_kept = x.new_empty(batch, num_tokens - num_prefix - num_prop, dtype=torch.int64)
     index_prop = x.new_empty(batch, num_prop, dtype=torch.int64)
-    step = propagate.residual_fake(
-        x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop, token_scales, norm_weight,
-        norm_bias, norm_eps, norm, standard, alpha, num_prefix,
-    )  # fmt: skip
-    return *step, index_kept, index_prop
+    given = (x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop)
+    return *propagate.residual_fake(*given, *step), index_kept, index_prop
 
 
 def _kernel(
@@ -159,22 +152,13 @@ def _kernel(
     num_prop: int,
     order: str,
     semantics: str,
-    token_scales: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    norm: str,
-    standard: str,
-    alpha: float,
-    num_prefix: int,
+    *step: Any,
 ) -> tuple[Tensor, ...]:
+    num_prefix = step[-1]
     importance = token_importance(AttentionScores(diag, colsum, cls_row), selection, num_prefix, semantics)
     index_kept, index_prop = select_tokens(importance, num_prop, num_prefix=num_prefix, order=order)
-    step = propagate.residual_kernel(
-        x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop, token_scales, norm_weight,
-        norm_bias, norm_eps, norm, standard, alpha, num_prefix,
-    )  # fmt: skip
-    return *step, index_kept, index_prop
+    given = (x, branch, layer_scale, indptr, indices, values, token, index_kept, index_prop)
+    return *propagate.residual_kernel(*given, *step), index_kept, index_prop
 
 
 _library.implement("select_residual_propagate_norm", _kernel)
