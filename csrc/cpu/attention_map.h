@@ -267,6 +267,10 @@ struct SoftmaxMap {
         operand_row(p.q, p.dtype, q0 + i * p.stride_q[2], p.stride_q[3], p.head_size, operands + i * depth);
       }
     }
+    // The rows of the next block, while this one is multiplied.
+    for (int64_t i = count; i < 2 * count && i0 + i < tokens; ++i) {
+      prefetch_row(p.q, p.dtype, q0 + i * p.stride_q[2], p.head_size);
+    }
     multiply(count, depth, a, lda, keys, panels, finish);
   }
 

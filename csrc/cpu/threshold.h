@@ -147,66 +147,93 @@ static T radix_kth(const Sweep& sweep, int64_t columns, int64_t rank) {
 
 constexpr int64_t kSmall = 64;
 
-// The ranks that each of count <= kSmall values without NaN occupies: below + 1 to up_to.
+// Adds one to the lanes of `count` where x < v.
+template <class T>
+GTP_INLINE typename Vec<T>::I count_below(typename Vec<T>::I count, typename Vec<T>::V x, typename Vec<T>::V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 below = _mm512_cmp_ps_mask((__m512)x, (__m512)v, _CMP_LT_OQ);
+    const __m512i n = (__m512i)count;
+    return (typename Vec<T>::I)_mm512_mask_sub_epi32(n, below, n, _mm512_set1_epi32(-1));
+  }
+#endif
+  return count - (x < v);
+}
+
+// For each of count <= kSmall values without NaN, padded with NaN to whole vectors, how many of them lie below it.
 template <class T>
 struct SmallRanks {
-  typename Vec<T>::Int below[kSmall], up_to[kSmall];
+  static constexpr int W = Vec<T>::W;
+  using I = typename Vec<T>::I;
+  const T* values;
+  int64_t count;
+  I below[kSmall / W];
 
-  SmallRanks(const T* values, int64_t count) {
-    using I = typename Vec<T>::I;
-    for (int64_t i = 0; i < count; i += Vec<T>::W) {
+  GTP_INLINE_MEMBER SmallRanks(const T* values, int64_t count) : values(values), count(count) {
+    for (int64_t i = 0; i < count; i += W) {
       const auto v = load(values + i);
-      I b{}, u{};
-      for (int64_t j = 0; j < count; ++j) {
-        const auto x = splat(values[j]);
-        b -= x < v;
-        u -= x <= v;
-      }
-      __builtin_memcpy(below + i, &b, sizeof b);
-      __builtin_memcpy(up_to + i, &u, sizeof u);
+      I less{};
+      for (int64_t j = 0; j < count; ++j) less = count_below<T>(less, splat(values[j]), v);
+      below[i / W] = less;
     }
   }
-  T find(const T* values, int64_t count, int64_t rank) const {
-    for (int64_t i = 0; i < count; ++i) {
-      if (below[i] < rank && rank <= up_to[i]) return values[i];
+  // The rank-th smallest, 1 <= rank <= count: the largest of the values that fewer than rank lie below.
+  GTP_INLINE_MEMBER T find(int64_t rank) const {
+    auto largest = splat(-Vec<T>::inf);
+    for (int64_t i = 0; i < count; i += W) {
+      const auto v = load(values + i);
+      const auto r = I{} + static_cast<typename Vec<T>::Int>(rank);
+      const auto candidate = (below[i / W] < r) & (v == v) ? v : splat(-Vec<T>::inf);
+      largest = candidate > largest ? candidate : largest;
     }
-    return Vec<T>::nan;
+    return reduce_max<T>(largest);
+  }
+};
+
+// The values strictly between two of a sample of kSmall, which probably hold the ranks from `first` to `last`.
+template <class T>
+struct Narrowed {
+  T low, high;
+  Counts counts;
+
+  // values: padded with NaN; target: room for count + 2 W
+  Narrowed(const T* values, int64_t count, int64_t first, int64_t last, T* target) {
+    constexpr int W = Vec<T>::W;
+    alignas(64) T sample[kSmall + W];
+    for (int64_t i = 0; i < kSmall; ++i) sample[i] = values[(2 * i + 1) * count / (2 * kSmall)];
+    pad_with_nan(sample, kSmall);
+    const int64_t low_rank = first * kSmall / count - 8, high_rank = last * kSmall / count + 9;
+    const SmallRanks<T> ranks(sample, kSmall);
+    low = ranks.find(low_rank < 1 ? 1 : low_rank);
+    high = ranks.find(high_rank > kSmall ? kSmall : high_rank);
+    collect(values, (count + W - 1) / W * W, T(1), low, high, target, counts);
   }
 };
 
 // The rank-th of `count` values without NaN, 1 <= rank <= count. `values` and `other` are both overwritten and have
-// room for count + 2 W. Each round keeps what lies between two values of a sample of kSmall, or on the side that
-// the sample misjudged.
+// room for count + 2 W. Each round keeps what lies between two values of a sample, or on the side that the sample
+// misjudged.
 template <class T>
 static T kth(T* values, int64_t count, int64_t rank, T* other) {
   constexpr int W = Vec<T>::W;
   for (int round = 0;; ++round) {
     pad_with_nan(values, count);
-    if (count <= kSmall) return SmallRanks<T>(values, count).find(values, count, rank);
+    if (count <= kSmall) return SmallRanks<T>(values, count).find(rank);
     if (round == 32) return radix_kth<T>([&](const auto& body) { body(values, T(1)); }, count, rank);
-    alignas(64) T sample[kSmall + W];
-    for (int64_t i = 0; i < kSmall; ++i) sample[i] = values[(2 * i + 1) * count / (2 * kSmall)];
-    pad_with_nan(sample, kSmall);
-    const int64_t middle = rank * kSmall / count;
-    const int64_t low_rank = middle - 8 < 1 ? 1 : middle - 8;
-    const int64_t high_rank = middle + 9 > kSmall ? kSmall : middle + 9;
-    const SmallRanks<T> ranks(sample, kSmall);
-    const T low = ranks.find(sample, kSmall, low_rank), high = ranks.find(sample, kSmall, high_rank);
+    const Narrowed<T> part(values, count, rank, rank, other);
+    const T low = part.low, high = part.high;
+    const int64_t up_to = part.counts.up_to, between = part.counts.between;
     const int64_t padded = (count + W - 1) / W * W;
-    Counts counts;
-    collect(values, padded, T(1), low, high, other, counts);
-    const int64_t up_to = counts.up_to;
     if (rank <= up_to) {
       if (rank > up_to - count_equal(values, padded, T(1), low)) return low;
       Counts side;
       collect(values, padded, T(1), T(-1), low, other, side);
       count = side.between;
-    } else if (rank <= up_to + counts.between) {
+    } else if (rank <= up_to + between) {
       rank -= up_to;
-      count = counts.between;
+      count = between;
     } else {
-      const int64_t up_to_high =
-          up_to + counts.between + (high > low ? count_equal(values, padded, T(1), high) : int64_t{0});
+      const int64_t up_to_high = up_to + between + (high > low ? count_equal(values, padded, T(1), high) : int64_t{0});
       if (rank <= up_to_high) return high;
       rank -= up_to_high;
       Counts side;
@@ -218,6 +245,29 @@ static T kth(T* values, int64_t count, int64_t rank, T* other) {
     values = other;
     other = swap;
   }
+}
+
+// The values of two ranks, first <= last, of which those outside 1 to count keep `low` and `high` as they are.
+// `values` has room for twice as much as `other`.
+template <class T>
+static void kth_two(T* values, int64_t count, int64_t first, int64_t last, T* other, T& low, T& high) {
+  constexpr int W = Vec<T>::W;
+  T* copy = values + (count + 2 * W);
+  int64_t skipped = 0;
+  if (first >= 1 && last <= count && count > kSmall) {
+    pad_with_nan(values, count);
+    const Counts counts = Narrowed<T>(values, count, first, last, copy).counts;
+    if (first > counts.up_to && last <= counts.up_to + counts.between) {
+      skipped = counts.up_to;
+      count = counts.between;
+      for (int64_t i = 0; i < count; i += W) store(values + i, load(copy + i));
+    }
+  }
+  if (skipped == 0) {
+    for (int64_t i = 0; i < count; i += W) store(copy + i, load(values + i));
+  }
+  if (first >= 1) low = kth(values, count, first - skipped, other);
+  if (last <= skipped + count) high = kth(copy, count, last - skipped, other);
 }
 
 // The sample of a map: one vector of each row, at a place that depends on the row. Maps of up to kUnsampled values and
@@ -259,13 +309,8 @@ static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool fo
     const double share = static_cast<double>(rank) / static_cast<double>(tokens * tokens);
     const double middle = share * static_cast<double>(sampled);
     const double deviation = 2.0 + 4.0 * __builtin_sqrt(middle * (1.0 - share) + 0.25);
-    int64_t low_rank = static_cast<int64_t>(middle - deviation),
-            high_rank = static_cast<int64_t>(middle + deviation) + 1;
-    // kth() overwrites its input: the sample is kept in the second half.
-    T* keep = first + (sampled + 2 * W);
-    for (int64_t i = 0; i < sampled; i += W) store(keep + i, load(first + i));
-    if (low_rank >= 1) low = kth(first, sampled, low_rank, second);
-    if (high_rank <= sampled) high = kth(keep, sampled, high_rank, second);
+    kth_two(first, sampled, static_cast<int64_t>(middle - deviation), static_cast<int64_t>(middle + deviation) + 1,
+            second, low, high);
     if (low > high) low = high;
   }
   Counts counts;
