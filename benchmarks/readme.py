@@ -169,15 +169,15 @@ def _statuses(steps: Mapping[str, Report]) -> Iterator[str]:
             yield f"{step}, not passed: " + ", ".join(other)
 
 
-def replaced(text: str, name: str, part: str) -> str:
-    """README's text with the part called ``name`` replaced.
+def replaced(text: str, name: str, part: str, command: str = "benchmarks.readme") -> str:
+    """A document's text with the part called ``name`` replaced, which ``python -m command`` writes.
 
     Raises:
         ValueError: its comments are not there, each once.
     """
-    begin, end = f"<!-- {name}: python -m benchmarks.readme -->", f"<!-- {name}: end -->"
+    begin, end = f"<!-- {name}: python -m {command} -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md must have {begin} and {end}, each once")
+        raise ValueError(f"the document must have {begin} and {end}, each once")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
 

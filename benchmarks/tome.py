@@ -80,11 +80,12 @@ class ToMe(nn.Module):
     Args:
         model: a ``timm.models.vision_transformer.VisionTransformer`` of plain blocks.
         r: tokens that leave in every block.
+        proportional: whether the attention counts the patches that a token stands for (step 4).
     """
 
-    def __init__(self, model: Any, r: int) -> None:
+    def __init__(self, model: Any, r: int, proportional: bool = True) -> None:
         super().__init__()
-        self.model, self.r = model, r
+        self.model, self.r, self.proportional = model, r, proportional
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images [B, 3, H, W]."""
@@ -102,7 +103,7 @@ class ToMe(nn.Module):
         qkv = attention.qkv(block.norm1(x)).reshape(batch, num_tokens, 3, attention.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attention.q_norm(q), attention.k_norm(k)
-        bias = None if size is None else size.log()[:, None, None].to(q.dtype)
+        bias = size.log()[:, None, None].to(q.dtype) if size is not None and self.proportional else None
         out = F.scaled_dot_product_attention(q, k, v, bias, scale=attention.scale)
         branch = attention.proj(attention.norm(out.transpose(1, 2).reshape(batch, num_tokens, -1)))
         x = x + block.drop_path1(block.ls1(branch))
