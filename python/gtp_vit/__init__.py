@@ -43,6 +43,7 @@ def patch(
     token_scale: bool = True,
     semantics: str = "official",
     restore: bool = False,
+    gamma: float = 0.25,
 ) -> Model:
     """Makes ``model`` shrink its token sequence inside every block (paper, Section 3.2); in place.
 
@@ -59,7 +60,7 @@ def patch(
         alpha: α of Equations 10 and 12.
         selection: how importance is judged: ``{CLSAttn,IMGAttn,DiagAttn,MixedAttn,CosSim}{Mean,Max}``, ``SumAttnMax``,
             ``Random``, or ``None``, by which no token leaves.
-        propagation: ``GraphProp``, ``Mean`` or ``None``.
+        propagation: ``GraphProp``, ``Mean``, ``None``, or ours, ``LiveGraph``: see :class:`GTPConfig`.
         graph_type: ``Spatial``, ``Semantic`` or ``Mixed``; ``None`` fits ``Mean`` and ``None``.
         num_neighbours: M, 0 ≤ M < n, the semantic neighbours of a token.
         token_scale: whether attention counts how many tokens each one stands for (Equation 11).
@@ -67,6 +68,7 @@ def patch(
         restore: what ``forward_intermediates`` and ``get_intermediate_layers`` give: the full grid, in which tokens
             that left are filled through the propagation weights (:func:`restore_grid`), or, with False, the image
             tokens that remain, in grid order, for which ``output_fmt`` must be "NLC".
+        gamma: γ ≥ 0 of ``LiveGraph``.
 
     Returns:
         ``model``, with the options as the :class:`GTPConfig` ``model.gtp``.
@@ -89,6 +91,7 @@ def patch(
         token_scale,
         semantics,
         restore,
+        gamma,
     )
     patched: Model = _library_of(model).patch(model, config)
     return patched

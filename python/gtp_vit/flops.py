@@ -136,6 +136,24 @@ def _build_graph(x: Shape, height: int, width: int, graph_type: str, *args: Any,
     return 2 * x[0] * (height * width) ** 2 * x[-1]
 
 
+def _live_graph(indptr: Shape, indices: Shape, *args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _live_select(
+    k: Shape, importance: Shape, indptr: Shape, indices: Shape, rep: Shape, *args: Any, **kwargs: Any
+) -> int:
+    """One cosine for each pair of neighbours, E / 2 products of d; those that the choice computes again are left out."""
+    return k[0] * indices[1] * k[-1]
+
+
+def _live_merge(
+    x: Shape, branch: Shape, layer_scale: Shape | None, index_kept: Shape, index_prop: Shape, *args: Any, **kwargs: Any
+) -> int:
+    """Every row that leaves, times its share."""
+    return 2 * index_prop[0] * index_prop[1] * x[-1]
+
+
 FORMULAS: dict[str, Formula] = {
     "attention_with_scores": _attention,
     "attention_with_scores_backward": _attention_backward,
@@ -145,6 +163,9 @@ FORMULAS: dict[str, Formula] = {
     "residual_propagate_norm": _residual_propagate_norm,
     "select_residual_propagate_norm": _select_residual_propagate_norm,
     "build_graph": _build_graph,
+    "live_graph": _live_graph,
+    "live_select": _live_select,
+    "live_merge": _live_merge,
 }
 
 
