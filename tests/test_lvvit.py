@@ -17,11 +17,10 @@ import gtp_kernels
 import gtp_vit
 from gtp_kernels import reference
 from gtp_vit import GTPConfig
-from gtp_vit.lvvit import LVViT, load_checkpoint, lvvit_m, lvvit_s
+from gtp_vit.lvvit import MODELS, LVViT, load_checkpoint
 from gtp_vit.weights import WeightsError
 
 KEYS = json.loads(resources.files("gtp_vit").joinpath("lvvit_keys.json").read_text())
-BUILD = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
 SMALL = dict(img_size=64, embed_dim=48, depth=3, num_heads=3, num_classes=10)
 OPTIONS = dict(num_prop=2, sparsity=0.6, num_neighbours=3)
 # Token scales are float32 in a model of any type: their last bit moves float64 results by some 1e-7.
@@ -138,7 +137,7 @@ def shapes(model):
 )
 def test_keys_and_shapes_of_the_released_checkpoints(name, img_size, millions):
     with torch.device("meta"):
-        model = BUILD[name](img_size=img_size)
+        model = MODELS[name](img_size=img_size)
     expected = dict(KEYS[name])
     expected["pos_embed"] = [1, 1 + (img_size // 16) ** 2, expected["cls_token"][2]]
     assert shapes(model) == expected
@@ -264,7 +263,7 @@ def test_heads():
 )
 def test_data_config(name, crop, size):
     with torch.device("meta"):
-        config = timm.data.resolve_model_data_config(BUILD[name](img_size=size))
+        config = timm.data.resolve_model_data_config(MODELS[name](img_size=size))
     assert config["input_size"] == (3, size, size)
     assert config["crop_pct"] == crop
     assert config["interpolation"] == "bicubic"
@@ -312,10 +311,17 @@ def test_load_checkpoint(tmp_path, wrapper, patched):
         assert torch.equal(model(x), source(x))
 
 
-def test_a_checkpoint_of_another_size_is_resampled(tmp_path):
-    source, model = build(img_size=96), build(seed=1)
+@pytest.mark.parametrize(
+    ("size", "img_size"),
+    # The last has as many patches as the model would have of half the size.
+    [(96, 64), (96, (32, 96)), (128, (32, 128))],
+)
+def test_a_checkpoint_of_another_size_is_resampled(tmp_path, size, img_size):
+    source, model = build(img_size=size), build(seed=1, img_size=img_size)
     load_checkpoint(model, saved(tmp_path, source.state_dict()))
-    expected = timm.layers.resample_abs_pos_embed(source.pos_embed.detach(), (4, 4), (6, 6))
+    expected = timm.layers.resample_abs_pos_embed(
+        source.pos_embed.detach(), model.patch_embed.grid_size, source.patch_embed.grid_size
+    )
     assert torch.equal(model.pos_embed.detach(), expected)
     assert torch.equal(model.blocks[2].mlp.fc2.weight, source.blocks[2].mlp.fc2.weight)
 
@@ -323,7 +329,7 @@ def test_a_checkpoint_of_another_size_is_resampled(tmp_path):
 @pytest.mark.parametrize("name", KEYS)
 def test_every_key_of_the_list_is_needed(tmp_path, name):
     with torch.device("meta"):
-        model = BUILD[name]()
+        model = MODELS[name]()
     state = {key: torch.empty(shape, device="meta") for key, shape in KEYS[name].items()}
     model.load_state_dict(state)
     for key in ("cls_token", "patch_embed.bn2.running_var", "blocks.15.mlp.fc1.bias", "aux_head.weight"):
@@ -449,7 +455,7 @@ def test_float32_agrees_with_the_reference_backend(backend):
     ],
 )
 def test_full_size_against_the_definition(cpu_backend, name, options):
-    model = randomised(BUILD[name], seed=4).double().eval()
+    model = randomised(MODELS[name], seed=4).double().eval()
     # Weights of this size would make maps of nothing but zeros and ones.
     with torch.no_grad():
         for block in model.blocks:
@@ -595,7 +601,7 @@ def test_compile_full_graph(cpu_backend):
 @pytest.mark.parametrize(("name", "largest"), [("lvvit_s", 12), ("lvvit_m", 9)])
 def test_the_largest_number_of_propagated_tokens(name, largest):
     with torch.device("meta"):
-        model = BUILD[name]()
+        model = MODELS[name]()
     with pytest.raises(ValueError, match=rf"num_prop = {largest + 1} does not fit block .* is {largest}$"):
         gtp_vit.patch(model, num_prop=largest + 1)
     gtp_vit.patch(model, num_prop=largest)
@@ -648,7 +654,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_gmacs_are_those_of_the_paper(name):
     with torch.device("meta"):
-        model = BUILD[name]()
+        model = MODELS[name]()
     for num_prop, expected in enumerate(TABLE[name]):
         gtp_vit.patch(model, num_prop=num_prop)
         assert abs(gtp_vit.gmacs(model, 224) - expected) < 0.15, f"P = {num_prop}"

@@ -12,6 +12,7 @@ Its state_dict has the key names and shapes of the released checkpoints (listed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,10 @@ class LVViT(VisionTransformer):
         if any(side % patch_size for side in self.patch_embed.img_size):
             raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}; got {img_size}")
         self.return_dense = return_dense
-        self.default_cfg = self.pretrained_cfg = _data_config((in_chans, *self.patch_embed.img_size), num_classes)
+        height, width = self.patch_embed.img_size
+        self.default_cfg = self.pretrained_cfg = _data_config((in_chans, height, width), num_classes)
+        # timm reads the grid of a checkpoint off this and the projection, whose input is half the image.
+        self.pretrained_model_args = dict(img_size=(height // 2, width // 2))
         block: Any
         for block in self.blocks:
             _fix(block.ls1)
@@ -214,11 +218,15 @@ def lvvit_m(num_classes: int = 1000, img_size: int | tuple[int, int] = 224, **op
     return model
 
 
+MODELS: dict[str, Callable[..., LVViT]] = {"lvvit_s": lvvit_s, "lvvit_m": lvvit_m}
+
+
 def load_checkpoint(model: LVViT, path: Path | str) -> LVViT:
     """Loads a released or saved checkpoint into ``model``, all of it or nothing.
 
-    The file holds a state dict, alone or under ``state_dict`` or ``model``; ``module.`` before its keys is dropped, and
-    position embeddings of another grid are resampled. No code in the file runs.
+    The file holds a state dict, alone or under ``state_dict`` or ``model`` (their running averages ``state_dict_ema``
+    or ``model_ema`` where it has them); ``module.`` before its keys is dropped, and position embeddings of another,
+    square grid are resampled. No code in the file runs.
 
     Returns:
         ``model``.
