@@ -54,9 +54,10 @@ def patch(
     bit for bit. Hooks on a block see the tuple (x, state) that it hands on, those on its attention (out, scores).
 
     Args:
-        model: a model built on ``timm.models.vision_transformer.VisionTransformer``.
+        model: a model built on ``timm.models.vision_transformer.VisionTransformer``; :mod:`gtp_vit.lvvit` has one.
         num_prop: P, the image tokens that leave in each block: an int, or one per block.
-        sparsity: θ in (0, 1], the share of the attention map that is kept.
+        sparsity: θ in (0, 1], the share of the attention map that is kept. LV-ViT keeps all of it under ``official``
+            semantics, whatever is given here, as the authors' LV-ViT does; ``paper`` semantics apply θ there too.
         alpha: α of Equations 10 and 12.
         selection: how importance is judged: ``{CLSAttn,IMGAttn,DiagAttn,MixedAttn,CosSim}{Mean,Max}``, ``SumAttnMax``,
             ``Random``, or ``None``, by which no token leaves.
@@ -71,7 +72,7 @@ def patch(
         gamma: γ ≥ 0 of ``LiveGraph``.
 
     Returns:
-        ``model``, with the options as the :class:`GTPConfig` ``model.gtp``.
+        ``model``, with the options that it runs with as the :class:`GTPConfig` ``model.gtp``.
 
     Raises:
         TypeError: a model, block or attention of a class that is not supported, or an option of the wrong kind.

@@ -143,7 +143,7 @@ def _live_graph(indptr: Shape, indices: Shape, *args: Any, **kwargs: Any) -> int
 def _live_select(
     k: Shape, importance: Shape, indptr: Shape, indices: Shape, rep: Shape, *args: Any, **kwargs: Any
 ) -> int:
-    """One cosine for each pair of neighbours, E / 2 products of d; those that the choice computes again are left out."""
+    """One cosine for each pair of neighbours: E / 2 products of d (not those that the choice computes again)."""
     return k[0] * indices[1] * k[-1]
 
 

@@ -4,12 +4,16 @@ What changes: the class of the model, of its blocks and of their attention, and 
 attribute, ``gtp``, the frozen :class:`GTPConfig`. Parameters, buffers, hooks and state_dict keys are those of before.
 Hooks of a block see what it now takes and gives, (x, state, options) and (x, state); those of its attention,
 (out, scores).
+
+A class of models whose authors never thresholded its map says so by ``official_threshold = False``: under the official
+semantics its θ is then 1.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -255,6 +259,8 @@ _METHODS = ("__call__", "_call_impl", "forward", "forward_features", "forward_in
 def patch(model: Any, config: GTPConfig) -> Any:
     """Patches a timm model in place; :func:`gtp_vit.patch` says what is raised."""
     _check_model(model)
+    if config.semantics == "official" and not getattr(model, "official_threshold", True):
+        config = replace(config, sparsity=1.0)
     depth = len(model.blocks)
     blocks = list(dict.fromkeys(model.blocks))
     for index, block in enumerate(model.blocks):
