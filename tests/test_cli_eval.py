@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("click.testing")
 pytest.importorskip("PIL.Image")
 
-from cli_images import KWARGS, MODEL, ok, run, torchrun, write_classes, write_image  # noqa: E402
+from cli_images import KWARGS, MODEL, environment, ok, run, torchrun, write_classes, write_image  # noqa: E402
 
 PATCH = dict(num_prop=3, num_neighbours=4)
 CLASSES = {"ant": 5, "bee": 4, "cow": 4}
@@ -179,8 +181,10 @@ def test_agreement_with_the_unpatched_model(tmp_path: Path, num_classes: int) ->
 
 def test_label_free_reads_every_folder(folder: Path, weights: Path, tmp_path: Path) -> None:
     write_image(folder / "loose.png", 99)
-    report = evaluate(folder, tmp_path / "r.json", "--weights", weights, "--label-free")
+    (folder / "broken.png").write_bytes(b"")
+    report = evaluate(folder, tmp_path / "r.json", "--weights", weights, "--label-free", "--batch-size", 1)
     assert report["images"] == 14
+    assert len(report["unreadable"]) == 1
     assert "top1" not in report
     same = evaluate(folder, tmp_path / "s.json", "--weights", weights, "--label-free", "--num-prop", 0, "--sparsity", 1)
     assert same["same_class"] == 100
@@ -263,12 +267,12 @@ def test_a_subset_is_found_by_its_names(tmp_path: Path) -> None:
 # Interrupted
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[list[int]]:
+def interrupt(monkeypatch: pytest.MonkeyPatch, judging: str, calls: int) -> list[list[int]]:
     """Stops the run in this call of the judge; the labels that it was called with."""
     from gtp_vit.cli import eval as command
 
     judged: list[list[int]] = []
-    judge = command.Accuracy.__call__
+    judge = getattr(command, judging).__call__
 
     def counted(self: Any, images: torch.Tensor, labels: torch.Tensor) -> Any:
         judged.append(labels.tolist())
@@ -276,17 +280,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, calls: int) -> list[list[int]]:
             raise KeyboardInterrupt
         return judge(self, images, labels)
 
-    monkeypatch.setattr(command.Accuracy, "__call__", counted)
+    monkeypatch.setattr(getattr(command, judging), "__call__", counted)
     return judged
 
 
 def test_an_interrupted_run_continues(
     folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--weights", weights, "--batch-size", 2, "--selection", "Random")
+    arguments = ("--weights", weights, "--batch-size", 2, "--selection", "Random", "--label-free")
     whole = evaluate(folder, tmp_path / "whole.json", *arguments)
     output = tmp_path / "r.json"
-    judged = interrupt(monkeypatch, 5)
+    judged = interrupt(monkeypatch, "Agreement", 5)
     result = run("eval", "--data", folder, *MODEL, "--workers", 0, "--json", output, *arguments)
     assert result.exit_code != 0
     assert not output.exists()
@@ -336,10 +340,10 @@ def test_two_processes_count_every_image_once(
     folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "bee" / "bad.png").write_bytes(b"")
-    arguments = ("--weights", weights, "--batch-size", 2, "--selection", "Random")
+    arguments = ("--weights", weights, "--batch-size", 2)
     one = evaluate(folder, tmp_path / "one.json", *arguments)
     # The third of three processes was interrupted, and two go on.
-    interrupt(monkeypatch, 4)
+    interrupt(monkeypatch, "Accuracy", 4)
     command = ("eval", "--data", folder, *MODEL, "--workers", 0, *arguments, "--json", tmp_path / "two.json")
     assert run(*command).exit_code != 0
     (tmp_path / "two.json.0.partial").rename(tmp_path / "two.json.2.partial")
@@ -406,6 +410,7 @@ def test_wrong_keys_are_named(folder: Path, tmp_path: Path) -> None:
         (("--batch-size", "0"), 2, ["--batch-size"]),
         (("--label-free", "--subset"), 2, ["--subset"]),
         (("--num-classes", "3", "--crop-pct", "0"), 2, ["--crop-pct"]),
+        (("--model-kwargs", "img_size=64"), 2, ["img_size", "--img-size"]),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -424,3 +429,12 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert words[0] in " ".join(result.output.split())
         (tmp_path / "class").mkdir(exist_ok=True)
+
+
+def test_the_commands_import_their_libraries_when_they_run() -> None:
+    script = (
+        "import sys; from gtp_vit.cli.app import cli, COMMANDS;"
+        "assert {'eval', 'finetune'} <= {cli.get_command(None, name).name for name in COMMANDS};"
+        "assert not {'timm', 'torchvision', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment())

@@ -181,6 +181,8 @@ def test_a_run_that_failed_goes_on_with_the_same_weights(
     interrupted = command(folder, tmp_path / "cut", "--checkpoint-steps", 1, "--resume", "auto")
     assert run(*interrupted).exit_code != 0
     assert (tmp_path / "cut" / "last.pt").exists()
+    with (tmp_path / "cut" / "log.jsonl").open("a") as stream:
+        stream.write('{"epoch": 1, "of": "a run that ended before its checkpoint"}\n{"epo')
     monkeypatch.setattr(finetune.Run, "_update", update)
     monkeypatch.setattr(finetune.Run, "_end_epoch", end_epoch)
     text = ok(*interrupted)
@@ -292,9 +294,15 @@ def test_mixed_precision(folder: Path, tmp_path: Path, amp: str) -> None:
     assert log(tmp_path / "out")[0]["not_finite"] == 0
 
 
-def test_gradient_checkpointing_computes_the_same(folder: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_computes_the_same(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from gtp_vit.cli import finetune
+
+    runs: list[Any] = []
+    train = finetune.Run.train
+    monkeypatch.setattr(finetune.Run, "train", lambda self: (runs.append(self), train(self)))
     for name, extra in (("plain", ()), ("checkpointed", ("--grad-checkpointing",))):
         ok(*command(folder, tmp_path / name, "--epochs", 1, *extra))
+    assert [it.model.grad_checkpointing for it in runs] == [False, True]
     assert same_bits(checkpoint(tmp_path / "plain")["model"], checkpoint(tmp_path / "checkpointed")["model"])
 
 
@@ -365,6 +373,7 @@ def test_weights_of_other_classes_need_a_new_head(folder: Path, tmp_path: Path) 
         (("--num-prop", 8), ["num_prop", "largest"]),
         (("--model-kwargs", "num_classes=4"), ["num_classes"]),
         (("--epochs", 0), ["--epochs"]),
+        (("--lr", 0), ["--lr"]),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

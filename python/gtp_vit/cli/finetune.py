@@ -64,14 +64,22 @@ _FREE = ("root", "output", "resume", "checkpoint_steps", "workers", "device", "t
 @click.option("--new-head", is_flag=True, help="Leave the classifier of --weights out and start one for these classes.")
 @click.option("--epochs", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of each process.")
-@click.option("--lr", type=float, default=1e-5, show_default=True, help="Base rate, for 512 images a step.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    default=1e-5,
+    show_default=True,
+    help="Base rate, for 512 images a step.",
+)
 @click.option("--scale-lr/--no-scale-lr", default=True, show_default=True, help="Times the images of a step / 512.")
-@click.option("--min-lr", type=float, default=1e-6, show_default=True, help="At the end; not scaled.")
-@click.option("--warmup-lr", type=float, default=1e-6, show_default=True, help="At the start; not scaled.")
+@click.option("--min-lr", type=click.FloatRange(0), default=1e-6, show_default=True, help="At the end; not scaled.")
+@click.option(
+    "--warmup-lr", type=click.FloatRange(0), default=1e-6, show_default=True, help="At the start; not scaled."
+)
 @click.option("--warmup-epochs", type=click.IntRange(min=0), default=5, show_default=True)
 @click.option("--opt", default="adamw", show_default=True, help="An optimiser of timm.")
 @click.option("--sched", type=click.Choice(["cosine", "tanh", "poly", "step"]), default="cosine", show_default=True)
-@click.option("--weight-decay", type=float, default=0.05, show_default=True)
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.05, show_default=True)
 @click.option(
     "--clip-grad", type=click.FloatRange(0, min_open=True), help="Largest norm of the gradient.  [default: any]"
 )
