@@ -403,6 +403,7 @@ def test_wrong_keys_are_named(folder: Path, tmp_path: Path) -> None:
         (("--model-kwargs", "depth"), 2, ["depth", "name=value"]),
         (("--model-kwargs", '{"depth"'), 2, ["not JSON"]),
         (("--model-kwargs", "nonsense=4"), 2, ["timm cannot build", "nonsense"]),
+        (("--model-kwargs", "seed=4"), 2, ["timm cannot build", "seed"]),
         (("--model-kwargs", "pretrained=True"), 2, ["--pretrained"]),
         (("--model", "deit_smal_patch16_224"), 2, ["deit_small_patch16_224"]),
         (("--device", "nonsense"), 2, ["--device"]),

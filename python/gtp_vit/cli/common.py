@@ -196,17 +196,17 @@ def load_model(
     source: Path | None,
     pretrained: bool,
     seed: int,
+    options: dict[str, Any],
     num_classes: int | None = None,
     new_head: bool = False,
-    **options: Any,
 ) -> tuple[nn.Module, str]:
     """A model of timm with its weights, and where they came from: a file's name, `pretrained` or `random`.
 
     Args:
         source: a checkpoint; None for timm's own weights or for random ones, which `seed` decides.
+        options: of timm.create_model; None stands for timm's default.
         num_classes: of the classifier; None for that of the checkpoint, or else the model's own.
         new_head: leave the classifier of the checkpoint out.
-        options: of timm.create_model; None stands for timm's default.
 
     Raises:
         click.UsageError, click.ClickException, ImportError: as :func:`check_model_name` and :func:`create_model`.

@@ -115,7 +115,7 @@ def evaluate_command(
         if compare and (class_map or subset):
             raise click.UsageError(f"--class-map and --subset need class folders; {root} is read without labels")
         model, origin = common.load_model(
-            name, source, pretrained, seed, num_classes, img_size=img_size, **model_kwargs
+            name, source, pretrained, seed, {"img_size": img_size, **model_kwargs}, num_classes
         )
         model = model.eval().to(group.device, common.DTYPES[dtype])
         unpatched = copy.deepcopy(model) if compare else model
@@ -471,10 +471,11 @@ def _findings(report: Record) -> Iterable[Any]:
             table.add_row(label, f"{report[key]:.2f} %  ({report[f'{key}_count']} of {report['images']})")
     if "cosine" in report:
         table.add_row("feature cosine", f"{report['cosine']:.4f} (min {report['cosine_min']:.4f})")
+    both = ", both models" if "images_per_second_unpatched" in report else ""
     for key, label in (
         ("images_per_second", "images/s, model alone, per process"),
         ("images_per_second_unpatched", "  unpatched"),
-        ("images_per_second_end_to_end", "images/s, from file to result"),
+        ("images_per_second_end_to_end", f"images/s, from file to result{both}"),
     ):
         if report.get(key) is not None:
             table.add_row(label, f"{report[key]:.1f}")

@@ -168,9 +168,9 @@ class Run:
             o["source"],
             o["pretrained"],
             o["seed"],
-            num_classes=num_classes,
-            new_head=o["new_head"],
-            **{"img_size": o["img_size"], "drop_path_rate": o["drop_path"], **o["model_kwargs"]},
+            {"img_size": o["img_size"], "drop_path_rate": o["drop_path"], **o["model_kwargs"]},
+            num_classes,
+            o["new_head"],
         )
         if not o["no_patch"]:
             common.patched(model, {key: o[key] for key in common.PATCH_OPTIONS})
