@@ -217,6 +217,50 @@ def test_random_selection_follows_the_seed(backend):
     assert not torch.equal(left[0], left[2])
 
 
+def test_random_selection_of_a_seed(backend):
+    """With a seed a forward depends on nothing but its input: not on draws before it, and every block draws its own."""
+    model = gtp_vit.patch(build(), **OPTIONS | dict(num_prop=5), selection="Random", seed=7)
+    x = images(model)
+
+    def left(model):
+        with torch.no_grad(), gtp_vit.trace(model) as trace:
+            result = model(x)
+        return result, torch.stack([layer.prop_tokens for layer in trace.layers], 1)
+
+    state = torch.get_rng_state()
+    expected, tokens = left(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    for other in (model, copy.deepcopy(model)):
+        again, same = left(other)
+        assert torch.equal(again, expected)
+        assert torch.equal(same, tokens)
+    other = gtp_vit.patch(gtp_vit.unpatch(model), **OPTIONS | dict(num_prop=5), selection="Random", seed=8)
+    assert not torch.equal(left(other)[1], tokens)
+    # The draws of a block, and not the tokens that were left: the second block may draw what the first one drew.
+    draws = [
+        gtp_vit.block.importance_of(
+            gtp_kernels.AttentionScores(*3 * (torch.zeros(2, 3, 17),)),
+            gtp_vit.block.layer_options(GTPConfig(selection="Random", seed=seed), 2, 1)[block],
+        )
+        for seed, block in ((7, 0), (7, 1), (8, 0))
+    ]
+    assert all(draw.shape == (2, 16) for draw in draws)
+    assert not torch.equal(draws[0][0], draws[0][1])
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_broadcasting_attention_is_image_attention(backend):
+    model = build()
+    x = images(model)
+    with torch.no_grad():
+        expected = gtp_vit.patch(model, **OPTIONS, selection="IMGAttnMax")(x)
+        gtp_vit.unpatch(model)
+        assert torch.equal(gtp_vit.patch(model, **OPTIONS, selection="BroadAttnMax")(x), expected)
+    assert model.gtp.selection == "IMGAttnMax"
+
+
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
 def test_float32_agrees_with_the_definition(backend, key):
     model = build(key, dtype=torch.float32)
@@ -436,8 +480,9 @@ def test_hooks_that_change_a_weight_are_honoured(backend):
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
 
 
-def test_threads_share_one_model(backend):
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+@pytest.mark.parametrize("options", [{}, dict(selection="Random", seed=3)], ids=["scores", "seeded"])
+def test_threads_share_one_model(backend, options):
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | options)
     inputs = [images(model, seed=seed) for seed in range(4)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
@@ -827,10 +872,10 @@ REFUSED = {
     ),
     "another timm model": (lambda: timm.create_model("resnet10t"), {}, TypeError, "got ResNet"),
     "another vision transformer": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", img_size=70, depth=1),
+        lambda: timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=48, num_heads=3),
         {},
         TypeError,
-        "got Eva",
+        "VisionTransformer or timm.models.eva.Eva; got Beit",
     ),
     "another library": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), {}, TypeError, "Sequential"),
     "a wrapper": (lambda: nn.DataParallel(build()), {}, TypeError, "DataParallel"),

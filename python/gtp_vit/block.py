@@ -39,6 +39,32 @@ class LayerOptions(NamedTuple):
     propagation: str
     semantics: str
     track_scales: bool
+    seed: int | None = None
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding: a token that stays keeps the position that it had.
+
+    Attributes:
+        embed: sine and cosine of every original image token, [n, D], or [depth, H, n, D] where blocks have their own.
+        tokens: int64 [B, m], the original token behind each current image row; ``None`` while none has left.
+    """
+
+    embed: Tensor
+    tokens: Tensor | None = None
+
+    def rows(self, block: int) -> Tensor:
+        """The embedding of the current rows of ``block``, which broadcasts with [B, H, m, d]."""
+        embed = self.embed[block] if self.embed.ndim == 4 else self.embed
+        if self.tokens is None:
+            return embed
+        if embed.ndim == 2:
+            return embed[self.tokens].unsqueeze(1)
+        return embed[:, self.tokens].transpose(0, 1)
+
+    def kept(self, index: Tensor) -> Rotary:
+        """That of the rows ``index`` [B, K], counted without the prefix."""
+        return Rotary(self.embed, index if self.tokens is None else self.tokens.gather(1, index))
 
 
 class State(NamedTuple):
@@ -48,11 +74,13 @@ class State(NamedTuple):
         graph: the token graph seen through the current rows; ``None`` where nothing reads it.
         token_scales: float32 [B, N], prefix counted; ``None`` while every scale is one, whose logarithm adds nothing.
         recorder: where the forward is traced.
+        rotary: the rotary position embedding of the rows, in a model that has one.
     """
 
     graph: TokenGraph | None
     token_scales: Tensor | None
     recorder: Recorder | None
+    rotary: Rotary | None = None
 
     def finished(self, options: LayerOptions) -> State:
         """This state, noted as the one that the block of ``options`` leaves behind."""
@@ -85,15 +113,25 @@ def layer_options(config: GTPConfig, depth: int, num_prefix: int) -> tuple[Layer
             config.propagation,
             config.semantics,
             track_scales,
+            config.seed,
         )
         for block, num_prop in enumerate(config.schedule(depth))
     )
 
 
 def first_state(
-    x: Tensor, grid_size: tuple[int, int], config: GTPConfig, depth: int, num_prefix: int, recorder: Recorder | None
+    x: Tensor,
+    grid_size: tuple[int, int],
+    config: GTPConfig,
+    depth: int,
+    num_prefix: int,
+    recorder: Recorder | None,
+    rope: Tensor | None = None,
 ) -> State:
-    """The state before the first block: the graph of the embedded tokens x [B, R+n, C], where one is needed."""
+    """The state before the first block: the graph of the embedded tokens x [B, R+n, C], where one is needed.
+
+    ``rope`` is the rotary position embedding, as in :class:`Rotary`.
+    """
     graph = None
     if config.uses_graph(depth):
         graph = gtp_kernels.build_graph(
@@ -101,7 +139,7 @@ def first_state(
         )
     if recorder is not None:
         recorder.graph = graph
-    return State(graph, None, recorder)
+    return State(graph, None, recorder, None if rope is None else Rotary(rope))
 
 
 def changes_nothing(state: State, options: LayerOptions) -> bool:
@@ -132,7 +170,11 @@ def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Te
         rows = map_rows(scores, options.selection, options.num_prefix)
         return -(rows @ rows.transpose(-1, -2)).sum(-1)
     if options.selection == "Random":
-        return torch.randn_like(scores.diag[:, 0, options.num_prefix :])
+        like = scores.diag[:, 0, options.num_prefix :]
+        if options.seed is None:
+            return torch.randn_like(like)
+        generator = torch.Generator(like.device).manual_seed((options.seed << 16) + options.block)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return unchecked_importance(scores, options.selection, options.num_prefix, options.semantics)
 
 
@@ -163,7 +205,7 @@ def summarise(
         token_scales = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
     # A trace keeps the importance, which the one call does not give.
     if isinstance(scores, AttentionScores) and options.selection in checks.SCORE_STANDARDS and state.recorder is None:
-        x, normed, graph, token_scales, _, _ = unchecked_select_residual(
+        x, normed, graph, token_scales, index_kept, _ = unchecked_select_residual(
             x,
             branch,
             scores,
@@ -182,7 +224,7 @@ def summarise(
             token_scales,
             options.num_prefix,
         )
-        return x, normed, State(graph, token_scales, None).finished(options)
+        return x, normed, _next_state(state, graph, token_scales, index_kept, options)
     importance = importance_of(scores, options)
     index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
     x, normed, graph, token_scales = unchecked_residual(
@@ -203,4 +245,11 @@ def summarise(
     )
     if state.recorder is not None:
         state.recorder.add(options.block, index_kept, index_prop, importance)
-    return x, normed, State(graph, token_scales, state.recorder).finished(options)
+    return x, normed, _next_state(state, graph, token_scales, index_kept, options)
+
+
+def _next_state(
+    state: State, graph: TokenGraph | None, token_scales: Tensor | None, index_kept: Tensor, options: LayerOptions
+) -> State:
+    rotary = None if state.rotary is None else state.rotary.kept(index_kept - options.num_prefix)
+    return State(graph, token_scales, state.recorder, rotary).finished(options)

@@ -22,7 +22,8 @@ class GTPConfig:
         num_prop: P, the image tokens that leave in each block: an int for all blocks, or one per block.
         sparsity: θ in (0, 1], the share of the attention map that is kept (paper, Section 3.2.4); 1 keeps all.
         alpha: α of Equations 10 and 12, finite: how much of a propagated token its neighbours receive.
-        selection: how the importance of a token is judged; ``"None"`` lets no token leave.
+        selection: how the importance of a token is judged; ``"None"`` lets no token leave. ``BroadAttn*`` becomes
+            ``IMGAttn*``, the other name of the same.
         propagation: ``"GraphProp"`` (Equation 10), ``"Mean"`` (the tokens that leave become one, appended), or
             ``"None"`` (they are dropped).
         graph_type: ``"Spatial"`` (Equation 5), ``"Semantic"`` (Equation 7) or ``"Mixed"`` (Equation 8); ``"None"``
@@ -30,6 +31,9 @@ class GTPConfig:
         num_neighbours: M, the semantic neighbours of a token: 0 ≤ M < n.
         token_scale: whether the attention counts how many tokens each one stands for (Equations 11 and 12).
         semantics: ``"official"`` (the authors' code) or ``"paper"`` (the formulas as printed).
+        seed: of ``"Random"``, 0 ≤ seed < 2³¹: block i of every forward draws the same numbers, from a generator of its
+            own that is made of (seed, i), so that neither earlier forwards nor other threads change them; ``None``
+            draws from torch's generator.
 
     Raises:
         TypeError: an option of the wrong kind.
@@ -45,17 +49,19 @@ class GTPConfig:
     num_neighbours: int = 8
     token_scale: bool = True
     semantics: str = "official"
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
             "num_prop": _num_prop(self.num_prop),
             "sparsity": checks.sparsity(self.sparsity),
             "alpha": checks.number("alpha", self.alpha),
-            "selection": checks.choice("selection", self.selection, SELECTIONS),
+            "selection": checks.standard("selection", self.selection, SELECTIONS),
             "propagation": checks.choice("propagation", self.propagation, PROPAGATIONS),
             "graph_type": checks.choice("graph_type", self.graph_type, GRAPH_TYPES),
             "num_neighbours": checks.integer("num_neighbours", self.num_neighbours),
             "semantics": checks.choice("semantics", self.semantics, checks.SEMANTICS),
+            "seed": None if self.seed is None else checks.integer("seed", self.seed),
         }
         if not isinstance(self.token_scale, bool):
             raise TypeError(f"token_scale must be a bool; got {type(self.token_scale).__name__}")
