@@ -96,11 +96,10 @@ def points(row: Row) -> Iterator[Point]:
     for num_prop, paper in enumerate(row.gmacs):
         config = GTPConfig(num_prop=num_prop)
         gtp_vit.patch(model, num_prop)
-        counted = gtp_vit.gmacs(model, row.size)
-        sparse = propagation(model, row.size)
+        total, sparse = count(model, row.size)
         gtp_vit.unpatch(model)
         normalising, dense = authors_extra(config, n, channels, depth)
-        yield Point(num_prop, paper, counted, normalising, dense - sparse)
+        yield Point(num_prop, paper, total, normalising, dense - sparse)
 
 
 def authors_extra(config: GTPConfig, num_image_tokens: int, channels: int, depth: int) -> tuple[float, float]:
@@ -112,11 +111,13 @@ def authors_extra(config: GTPConfig, num_image_tokens: int, channels: int, depth
     return 2 * num_image_tokens**3 / 1e9, dense / 1e9
 
 
-def propagation(model: nn.Module, size: int) -> float:
-    """GMACs of the sparse propagation in a patched model."""
-    counter = flops.counted(model, lambda: model(flops.noise(model, size)))
+def count(model: nn.Module, size: int) -> tuple[float, float]:
+    """GMACs of a patched model, as :func:`gtp_vit.gmacs` counts them, and those of the sparse propagation therein."""
+    image = flops.noise(model, size)
+    counter = flops.counted(model, lambda: model(image))
     by_operator = counter.get_flop_counts()["Global"].items()
-    return sum(value for operator, value in by_operator if "propagate" in str(operator)) / 2e9
+    sparse = sum(value for operator, value in by_operator if "propagate" in str(operator))
+    return counter.get_total_flops() / 2e9, sparse / 2e9
 
 
 def line(name: str, found: list[Point]) -> str:

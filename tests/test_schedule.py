@@ -1,6 +1,7 @@
 """gtp_vit.schedule: its count is that of gtp_vit.gmacs, and its schedules do the work that was asked for."""
 
 import copy
+import itertools
 
 import pytest
 import test_patch_timm
@@ -62,7 +63,7 @@ def test_the_formula_is_the_count(build, key):
         dict(semantics="paper"),
         dict(num_prop=(3, 0, 2)),
         dict(num_prop=(0, 4, 0), sparsity=1.0),
-        dict(num_prop=5),
+        dict(num_prop=4),
         dict(selection="CosSimMax"),
         dict(selection="CosSimMean", num_prop=(0, 3, 1)),
         dict(selection="Random"),
@@ -126,11 +127,11 @@ def test_shapes():
     constant, increasing, decreasing, keep_rate = (gtp_vit.schedule(model, 3.4, shape) for shape in SHAPES)
     assert constant == (8,) * 12
     assert list(increasing) == sorted(increasing)
-    assert increasing[0] <= 1 < 10 < increasing[-1]
+    assert increasing[0] <= 2 < 15 < increasing[-1]
     assert list(decreasing) == sorted(decreasing, reverse=True)
     assert decreasing[0] > 8 > 1 >= decreasing[-1]
     counts = GTPConfig(num_prop=keep_rate).token_counts(196, 12)
-    rates = [after / before for before, after in zip(counts, counts[1:], strict=False)]
+    rates = [after / before for before, after in itertools.pairwise(counts)]
     assert max(rates) - min(rates) < 0.02
     # For the same work, who lets tokens leave late has to let more of them leave.
     assert sum(increasing) > sum(constant) > sum(decreasing)
@@ -159,7 +160,8 @@ def test_every_schedule_fits(shape, propagation):
     deepest = gtp_vit.schedule(model, num_prop=largest, shape=shape, propagation=propagation, num_neighbours=3)
     assert sum(deepest) == pytest.approx(3 * largest, abs=1e-3)
     left = GTPConfig(num_prop=deepest, propagation=propagation).token_counts(16, 3)[-1]
-    assert left <= (3 if shape == "constant" else 2)
+    # Less than one more in every block: 16 → 12 → 8 → 4 is the deepest constant one where Mean gives one back.
+    assert left <= (3 + (propagation == "Mean") if shape == "constant" else 2)
 
 
 def test_equally_many_tokens_leave():
@@ -174,8 +176,10 @@ def test_options_change_the_schedule():
     # Mean gives a token back in each block, so that one more has to leave.
     assert gtp_vit.schedule(model, 3.4, propagation="Mean") == (9,) * 12
     gap = on_meta("vit_medium_patch16_gap_256")
-    with_map, without = (gtp_vit.schedule(gap, 8.5, selection=name) for name in ("CosSimMax", "MixedAttnMax"))
-    assert with_map[0] > without[0]
+    with_map, without = (
+        gtp_vit.schedule(gap, 8.5, "decreasing", selection=name) for name in ("CosSimMax", "MixedAttnMax")
+    )
+    assert sum(with_map) > sum(without)
 
 
 def test_options_of_a_patched_model():

@@ -114,17 +114,20 @@ def _spread(shape: str, total: int, num_image_tokens: int, depth: int, mean: boo
     if shape == "keep-rate":
         rate = max(1 - total / num_image_tokens, 0)
         left = [round(num_image_tokens * rate ** (block / depth)) for block in range(depth + 1)]
-        fewer = [before - after for before, after in itertools.pairwise(left)]
+        fewer = (before - after for before, after in itertools.pairwise(left))
         # Where Mean appends a token, one more leaves.
-        return [count + int(mean and count > 0) for count in fewer]
+        return sorted((count + int(mean and count > 0) for count in fewer), reverse=True)
     sums = [round(total * block * (block + 1) / (depth * (depth + 1))) for block in range(depth + 1)]
-    # Rounding may exchange neighbours by one.
+    # Sorted, as rounding may exchange neighbours.
     return sorted((after - before for before, after in itertools.pairwise(sums)), reverse=shape == "decreasing")
 
 
 def _of_mean(found: list[tuple[int, ...]], mean: float, shape: str, depth: int) -> tuple[int, ...]:
-    largest = max(map(sum, found)) / depth
-    if not 0 <= mean <= largest:
-        raise ValueError(f"num_prop must be in [0, {largest:.6g}] for a {shape!r} schedule of this model; got {mean}")
-    # A mean that was divided by the depth is not off by a token for its last bit.
-    return max((values for values in found if sum(values) <= mean * depth + 1e-6), key=sum)
+    largest = max(map(sum, found))
+    # A mean that was divided by the depth, or printed, is not off by a token for its last digit.
+    total = mean * depth + 1e-3
+    if mean < 0 or total > largest + 2e-3:
+        raise ValueError(
+            f"num_prop must be in [0, {largest / depth:.6g}] for a {shape!r} schedule of this model; got {mean}"
+        )
+    return max((values for values in found if sum(values) <= total), key=sum)

@@ -61,7 +61,7 @@ class ModelWork(NamedTuple):
         """n."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def macs(self, config: GTPConfig) -> int:
+    def macs(self, config: GTPConfig) -> float:
         """Multiply-accumulates of one image under these options.
 
         Raises:
@@ -71,7 +71,7 @@ class ModelWork(NamedTuple):
         config.check_fit(n, depth)
         counts = config.token_counts(n, depth)
         edges = self._edges(config) if config.uses_graph(depth) else 0
-        total = self.outside + self.final_token * counts[-1]
+        total: float = self.outside + self.final_token * counts[-1]
         if edges and config.graph_type != "Spatial":
             total += n * n * self.channels
         for block, num_prop, before, after in zip(
@@ -82,7 +82,7 @@ class ModelWork(NamedTuple):
             if num_prop and config.selection in checks.MAP_STANDARDS:
                 total += before * before * tokens
             if config.propagation == "GraphProp":
-                total += self.channels * edges * num_prop // n
+                total += 2 * self.channels * edges * num_prop // n / 2  # rounded as it is where it is counted
             elif config.propagation == "Mean":
                 total += self.channels * num_prop
         return total
