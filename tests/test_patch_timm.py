@@ -296,6 +296,51 @@ def test_dynamic_sizes(backend, size):
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
 
 
+@pytest.mark.parametrize(
+    "key", ["deit distilled", "dinov2 registers", "gap", "registers without class token", "siglip"]
+)
+def test_dynamic_sizes_with_any_prefix(backend, key):
+    model = build(key, dynamic_img_size=True)
+    side = model.patch_embed.patch_size[0]
+    x, config = images(model, size=(3 * side, 6 * side)), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected = model.forward_head(plain_features(model, x, config))
+        with gtp_vit.trace(gtp_vit.patch(model, **OPTIONS)) as trace:
+            assert_same(model(x), expected)
+    assert trace.grid_size == (3, 6)
+    assert trace.num_prefix == MODELS[key][2]
+
+
+def test_padded_sizes(backend):
+    model = build("dynamic size", dynamic_img_pad=True)
+    x, config = images(model, size=(50, 70)), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected = model.forward_head(plain_features(model, x, config))
+        with gtp_vit.trace(gtp_vit.patch(model, **OPTIONS)) as trace:
+            assert_same(model(x), expected)
+    assert trace.grid_size == (4, 5)
+
+
+def test_input_size_set_after_patching(backend):
+    model = gtp_vit.patch(build(), **OPTIONS)
+    model.set_input_size((48, 96))
+    x = images(model, size=(48, 96))
+    with torch.no_grad():
+        result = model(x)
+        assert_same(result, model.forward_head(plain_features(gtp_vit.unpatch(model), x, GTPConfig(**OPTIONS))))
+
+
+def test_the_two_heads_of_a_distilled_model(backend):
+    model = build("deit distilled").train()
+    model.set_distilled_training()
+    x, config = images(model), GTPConfig(**OPTIONS)
+    expected = model.forward_head(plain_features(model, x, config))
+    result = gtp_vit.patch(model, **OPTIONS)(x)
+    assert len(result) == len(expected) == 2
+    for head, plain in zip(result, expected, strict=True):
+        assert_same(head, plain)
+
+
 def test_empty_batch(backend):
     model = gtp_vit.patch(build(), **OPTIONS)
     with torch.no_grad():
@@ -419,6 +464,17 @@ def test_load_state_dict_before_and_after():
         plain = build()
         plain.load_state_dict(model.state_dict())
         assert torch.equal(gtp_vit.patch(plain, **OPTIONS)(x), expected)
+
+
+def test_load_state_dict_names_wrong_keys():
+    model, state = gtp_vit.patch(build(), **OPTIONS), build().state_dict()
+    state["blocks.0.attn.gtp"] = state.pop("blocks.0.attn.qkv.weight")
+    with pytest.raises(
+        RuntimeError, match=r'Missing key.*"blocks.0.attn.qkv.weight".*\n.*Unexpected.*"blocks.0.attn.gtp"'
+    ):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for blocks.0.mlp.fc1.weight"):
+        model.load_state_dict(build(mlp_ratio=2).state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -171,7 +171,7 @@ def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Te
         return -(rows @ rows.transpose(-1, -2)).sum(-1)
     if options.selection == "Random":
         like = scores.diag[:, 0, options.num_prefix :]
-        if options.seed is None:
+        if options.seed is None or like.is_meta:
             return torch.randn_like(like)
         generator = torch.Generator(like.device).manual_seed((options.seed << 16) + options.block)
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

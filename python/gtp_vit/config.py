@@ -33,7 +33,7 @@ class GTPConfig:
         semantics: ``"official"`` (the authors' code) or ``"paper"`` (the formulas as printed).
         seed: of ``"Random"``, 0 ≤ seed < 2³¹: block i of every forward draws the same numbers, from a generator of its
             own that is made of (seed, i), so that neither earlier forwards nor other threads change them; ``None``
-            draws from torch's generator.
+            draws from torch's generator. ``torch.compile`` cannot trace a generator: its graph breaks there.
 
     Raises:
         TypeError: an option of the wrong kind.
