@@ -11,20 +11,33 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from gtp_kernels import checks
 from gtp_vit.config import GTPConfig
 from gtp_vit.flops import gmacs, register_formulas
 from gtp_vit.restore import restore_grid
+from gtp_vit.schedule import schedule
 from gtp_vit.tracing import LayerRecord, Trace, trace
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["GTPConfig", "LayerRecord", "Trace", "gmacs", "patch", "restore_grid", "trace", "unpatch"]
+__all__ = [
+    "GTPConfig",
+    "LayerRecord",
+    "Trace",
+    "gmacs",
+    "patch",
+    "restore_grid",
+    "schedule",
+    "trace",
+    "unpatch",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,6 +57,7 @@ def patch(
     semantics: str = "official",
     restore: bool = False,
     gamma: float = 0.25,
+    seed: int | None = None,
 ) -> Model:
     """Makes ``model`` shrink its token sequence inside every block (paper, Section 3.2); in place.
 
@@ -54,14 +68,17 @@ def patch(
     bit for bit. Hooks on a block see the tuple (x, state) that it hands on, those on its attention (out, scores).
 
     Args:
-        model: a model built on ``timm.models.vision_transformer.VisionTransformer``; :mod:`gtp_vit.lvvit` has one.
-        num_prop: P, the image tokens that leave in each block: an int, or one per block.
+        model: a model built on ``timm.models.vision_transformer.VisionTransformer`` (:mod:`gtp_vit.lvvit` has one) or
+            ``timm.models.eva.Eva``.
+        num_prop: P, the image tokens that leave in each block: an int, or one per block; :func:`schedule` makes some.
         sparsity: θ in (0, 1], the share of the attention map that is kept. LV-ViT keeps all of it under ``official``
             semantics, whatever is given here, as the authors' LV-ViT does; ``paper`` semantics apply θ there too.
         alpha: α of Equations 10 and 12.
         selection: how importance is judged: ``{CLSAttn,IMGAttn,DiagAttn,MixedAttn,CosSim}{Mean,Max}``, ``SumAttnMax``,
-            ``Random``, or ``None``, by which no token leaves.
-        propagation: ``GraphProp``, ``Mean``, ``None``, or ours, ``LiveGraph``: see :class:`GTPConfig`.
+            ``Random``, or ``None``, by which no token leaves. ``BroadAttn*`` is ``IMGAttn*``. ``CosSim*`` needs the
+            N × N map: patching says so once, in a warning.
+        propagation: ``GraphProp``, ``Mean`` (not with a rotary position embedding), ``None``, or ours, ``LiveGraph``:
+            see :class:`GTPConfig`.
         graph_type: ``Spatial``, ``Semantic`` or ``Mixed``; ``None`` fits ``Mean`` and ``None``.
         num_neighbours: M, 0 ≤ M < n, the semantic neighbours of a token.
         token_scale: whether attention counts how many tokens each one stands for (Equation 11).
@@ -70,6 +87,7 @@ def patch(
             that left are filled through the propagation weights (:func:`restore_grid`), or, with False, the image
             tokens that remain, in grid order, for which ``output_fmt`` must be "NLC".
         gamma: γ ≥ 0 of ``LiveGraph``.
+        seed: of ``Random``: with one, every forward draws the same numbers; ``None`` takes torch's generator.
 
     Returns:
         ``model``, with the options that it runs with as the :class:`GTPConfig` ``model.gtp``.
@@ -77,7 +95,8 @@ def patch(
     Raises:
         TypeError: a model, block or attention of a class that is not supported, or an option of the wrong kind.
         ValueError: a model that is patched already; active patch or attention dropout; an option out of range or
-            unknown; P or M that does not fit the model's nominal input size; CLS selection without a class token. The
+            unknown; P or M that does not fit the model's nominal input size; CLS selection without a class token;
+            ``Mean`` with a rotary position embedding. The
             forward raises it for an input size at which P or M does not fit, for a mask, and for causal attention.
         ImportError: a timm that is too old.
     """
@@ -93,8 +112,14 @@ def patch(
         semantics,
         restore,
         gamma,
+        seed,
     )
     patched: Model = _library_of(model).patch(model, config)
+    if config.selection in checks.MAP_STANDARDS:
+        warnings.warn(
+            f"selection = {config.selection!r} needs the N x N attention map: it runs without the fused attention",
+            stacklevel=2,
+        )
     return patched
 
 
@@ -119,6 +144,6 @@ def _library_of(model: object) -> ModuleType:
             found = sys.modules["timm"].__version__
             raise ImportError(f"gtp_vit needs timm >= 1.0.17; found {found}: pip install -U timm ({error})") from error
     raise TypeError(
-        "model must be built on timm.models.vision_transformer.VisionTransformer; "
+        "model must be built on timm.models.vision_transformer.VisionTransformer or timm.models.eva.Eva; "
         f"got {type(model).__module__}.{type(model).__qualname__}"
     )

@@ -41,6 +41,32 @@ class LayerOptions(NamedTuple):
     semantics: str
     track_scales: bool
     gamma: float
+    seed: int | None = None
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding: a token that stays keeps the position that it had.
+
+    Attributes:
+        embed: sine and cosine of every original image token, [n, D], or [depth, H, n, D] where blocks have their own.
+        tokens: int64 [B, m], the original token behind each current image row; ``None`` while none has left.
+    """
+
+    embed: Tensor
+    tokens: Tensor | None = None
+
+    def rows(self, block: int) -> Tensor:
+        """The embedding of the current rows of ``block``, which broadcasts with [B, H, m, d]."""
+        embed = self.embed[block] if self.embed.ndim == 4 else self.embed
+        if self.tokens is None:
+            return embed
+        if embed.ndim == 2:
+            return embed[self.tokens].unsqueeze(1)
+        return embed[:, self.tokens].transpose(0, 1)
+
+    def kept(self, index: Tensor) -> Rotary:
+        """That of the rows ``index`` [B, K], counted without the prefix."""
+        return Rotary(self.embed, index if self.tokens is None else self.tokens.gather(1, index))
 
 
 class State(NamedTuple):
@@ -51,11 +77,13 @@ class State(NamedTuple):
         token_scales: float32 [B, N], prefix counted; ``None`` while every scale is one, whose logarithm adds nothing.
             With live edges they are also the sizes that weigh a mean, and are kept where the attention ignores them.
         recorder: where the forward is traced, or its grid restored.
+        rotary: the rotary position embedding of the rows, in a model that has one.
     """
 
     graph: TokenGraph | LiveGraph | None
     token_scales: Tensor | None
     recorder: Recorder | None
+    rotary: Rotary | None = None
 
     def finished(self, options: LayerOptions) -> State:
         """This state, noted as the one that the block of ``options`` leaves behind."""
@@ -99,15 +127,25 @@ def layer_options(config: GTPConfig, depth: int, num_prefix: int) -> tuple[Layer
             config.semantics,
             track_scales,
             config.gamma,
+            config.seed,
         )
         for block, num_prop in enumerate(config.schedule(depth))
     )
 
 
 def first_state(
-    x: Tensor, grid_size: tuple[int, int], config: GTPConfig, depth: int, num_prefix: int, recorder: Recorder | None
+    x: Tensor,
+    grid_size: tuple[int, int],
+    config: GTPConfig,
+    depth: int,
+    num_prefix: int,
+    recorder: Recorder | None,
+    rope: Tensor | None = None,
 ) -> State:
-    """The state before the first block: the graph of the embedded tokens x [B, R+n, C], where one is needed."""
+    """The state before the first block: the graph of the embedded tokens x [B, R+n, C], where one is needed.
+
+    ``rope`` is the rotary position embedding, as in :class:`Rotary`.
+    """
     graph = None
     if config.uses_graph(depth):
         graph = gtp_kernels.build_graph(
@@ -115,9 +153,10 @@ def first_state(
         )
     if recorder is not None:
         recorder.graph = graph
+    rotary = None if rope is None else Rotary(rope)
     if graph is not None and config.propagation == "LiveGraph":
-        return State(gtp_kernels.live_graph(graph), None, recorder)
-    return State(graph, None, recorder)
+        return State(gtp_kernels.live_graph(graph), None, recorder, rotary)
+    return State(graph, None, recorder, rotary)
 
 
 def changes_nothing(state: State, options: LayerOptions) -> bool:
@@ -155,7 +194,11 @@ def importance_of(scores: AttentionScores | Tensor, options: LayerOptions) -> Te
         rows = map_rows(scores, options.selection, options.num_prefix)
         return -(rows @ rows.transpose(-1, -2)).sum(-1)
     if options.selection == "Random":
-        return torch.randn_like(scores.diag[:, 0, options.num_prefix :])
+        like = scores.diag[:, 0, options.num_prefix :]
+        if options.seed is None or like.is_meta:
+            return torch.randn_like(like)
+        generator = torch.Generator(like.device).manual_seed((options.seed << 16) + options.block)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return unchecked_importance(scores, options.selection, options.num_prefix, options.semantics)
 
 
@@ -212,7 +255,7 @@ def summarise(
         )
         if recorder is not None:
             recorder.add(options.block, index_kept, index_prop, None)
-        return x, normed, State(graph, token_scales, recorder).finished(options)
+        return x, normed, _next_state(state, graph, token_scales, index_kept, options)
     assert not isinstance(state.graph, LiveGraph)
     importance = importance_of(scores, options)
     index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
@@ -234,7 +277,7 @@ def summarise(
     )
     if recorder is not None:
         recorder.add(options.block, index_kept, index_prop, importance)
-    return x, normed, State(graph, token_scales, recorder).finished(options)
+    return x, normed, _next_state(state, graph, token_scales, index_kept, options)
 
 
 def _merge(
@@ -258,4 +301,15 @@ def _merge(
     )
     if state.recorder is not None:
         state.recorder.add(options.block, found.index_kept, found.index_prop, importance, found.target, found.share)
-    return x, normed, State(found.live, found.sizes, state.recorder).finished(options)
+    return x, normed, _next_state(state, found.live, found.sizes, found.index_kept, options)
+
+
+def _next_state(
+    state: State,
+    graph: TokenGraph | LiveGraph | None,
+    token_scales: Tensor | None,
+    index_kept: Tensor,
+    options: LayerOptions,
+) -> State:
+    rotary = None if state.rotary is None else state.rotary.kept(index_kept - options.num_prefix)
+    return State(graph, token_scales, state.recorder, rotary).finished(options)

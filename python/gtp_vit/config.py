@@ -23,7 +23,8 @@ class GTPConfig:
         num_prop: P, the image tokens that leave in each block: an int for all blocks, or one per block.
         sparsity: θ in (0, 1], the share of the attention map that is kept (paper, Section 3.2.4); 1 keeps all.
         alpha: α of Equations 10 and 12, finite: how much of a propagated token its neighbours receive.
-        selection: how the importance of a token is judged; ``"None"`` lets no token leave.
+        selection: how the importance of a token is judged; ``"None"`` lets no token leave. ``BroadAttn*`` becomes
+            ``IMGAttn*``, the other name of the same.
         propagation: ``"GraphProp"`` (Equation 10), ``"Mean"`` (the tokens that leave become one, appended), or
             ``"None"`` (they are dropped); or ours, ``"LiveGraph"`` (each is merged into the neighbour in the graph
             whose key is most like its own, :func:`gtp_kernels.live_select`; ``alpha`` has no part in it).
@@ -35,6 +36,9 @@ class GTPConfig:
         gamma: γ ≥ 0 of ``"LiveGraph"``: how much the importance counts beside the similarity.
         restore: whether intermediate features come as the full grid (:mod:`gtp_vit.restore`), or as the tokens
             that remain.
+        seed: of ``"Random"``, 0 ≤ seed < 2³¹: block i of every forward draws the same numbers, from a generator of its
+            own that is made of (seed, i), so that neither earlier forwards nor other threads change them; ``None``
+            draws from torch's generator. ``torch.compile`` cannot trace a generator: its graph breaks there.
 
     Raises:
         TypeError: an option of the wrong kind.
@@ -52,18 +56,20 @@ class GTPConfig:
     semantics: str = "official"
     restore: bool = False
     gamma: float = 0.25
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
             "num_prop": _num_prop(self.num_prop),
             "sparsity": checks.sparsity(self.sparsity),
             "alpha": checks.number("alpha", self.alpha),
-            "selection": checks.choice("selection", self.selection, SELECTIONS),
+            "selection": checks.standard("selection", self.selection, SELECTIONS),
             "propagation": checks.choice("propagation", self.propagation, PROPAGATIONS),
             "graph_type": checks.choice("graph_type", self.graph_type, GRAPH_TYPES),
             "num_neighbours": checks.integer("num_neighbours", self.num_neighbours),
             "semantics": checks.choice("semantics", self.semantics, checks.SEMANTICS),
             "gamma": checks.number("gamma", self.gamma),
+            "seed": None if self.seed is None else checks.integer("seed", self.seed),
         }
         if checked["gamma"] < 0:  # type: ignore[operator]  # a number
             raise ValueError(f"gamma must be at least 0; got {self.gamma}")

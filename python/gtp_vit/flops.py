@@ -210,9 +210,14 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
     if isinstance(example_or_size, Tensor):
         example = example_or_size
     else:
-        example = _noise(model, example_or_size)
+        example = noise(model, example_or_size)
     if example.ndim == 0 or example.shape[0] == 0:
         raise ValueError(f"example_or_size: expected at least one image, got shape {tuple(example.shape)}")
+    return float(counted(model, lambda: model(example)).get_total_flops()) / 2 / example.shape[0] / 1e9
+
+
+def counted(model: nn.Module, run: Callable[[], object]) -> flop_counter.FlopCounterMode:
+    """Counts ``run``, which calls ``model`` or parts of it, in evaluation mode and without gradients."""
     register_formulas()
     # The counter's module tracker fails where a module receives a parameter that requires gradients and gradients are
     # off (attention pooling: torch 2.11).
@@ -221,27 +226,29 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad(), flop_counter.FlopCounterMode(display=False) as counter:
-            model(example)
+            run()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
-    return float(counter.get_total_flops()) / 2 / example.shape[0] / 1e9
+    return counter
 
 
-def _noise(model: nn.Module, size: int | tuple[int, int]) -> Tensor:
-    height, width = _pair(size)
+def noise(model: nn.Module, size: int | tuple[int, int], name: str = "example_or_size") -> Tensor:
+    """One image of noise in the model's dtype and on its device; ``size``, called ``name``, as in :func:`gmacs`."""
+    height, width = _pair(size, name)
     if height < 1 or width < 1:
-        raise ValueError(f"example_or_size: sizes start at 1, got {(height, width)}")
+        raise ValueError(f"{name}: sizes start at 1, got {(height, width)}")
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, height, width, generator=generator, device="cpu")
     return image.to(device=parameter.device, dtype=parameter.dtype)
 
 
-def _pair(size: object) -> tuple[int, int]:
+def _pair(size: object, name: str) -> tuple[int, int]:
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or any(isinstance(side, (bool, Tensor)) or not hasattr(side, "__index__") for side in sides):
-        raise TypeError(f"example_or_size: expected a tensor, an int or (height, width), got {size!r}")
+        expected = "a tensor, an int" if name == "example_or_size" else "an int"
+        raise TypeError(f"{name}: expected {expected} or (height, width), got {size!r}")
     return operator.index(sides[0]), operator.index(sides[1])
