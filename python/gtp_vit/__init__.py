@@ -51,7 +51,10 @@ def patch(
     bit for bit. Hooks on a block see the tuple (x, state) that it hands on, those on its attention (out, scores).
 
     Args:
-        model: a model built on ``timm.models.vision_transformer.VisionTransformer``.
+        model: a model built on ``timm.models.vision_transformer.VisionTransformer``; or one of transformers:
+            ``ViTModel``, ``DeiTModel``, ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``CLIPVisionModel``,
+            ``SiglipVisionModel``, or one of their classifiers, ``CLIPVisionModelWithProjection``, ``CLIPModel`` or
+            ``SiglipModel``, whose tower is patched. Of another model around such a tower, patch the tower.
         num_prop: P, the image tokens that leave in each block: an int, or one per block.
         sparsity: θ in (0, 1], the share of the attention map that is kept.
         alpha: α of Equations 10 and 12.
@@ -70,8 +73,9 @@ def patch(
         TypeError: a model, block or attention of a class that is not supported, or an option of the wrong kind.
         ValueError: a model that is patched already; active patch or attention dropout; an option out of range or
             unknown; P or M that does not fit the model's nominal input size; CLS selection without a class token. The
-            forward raises it for an input size at which P or M does not fit, for a mask, and for causal attention.
-        ImportError: a timm that is too old.
+            forward raises it for an input size at which P or M does not fit, for a mask, for causal attention, and
+            where attention maps are asked for.
+        ImportError: a timm or transformers that is too old.
     """
     config = GTPConfig(
         num_prop,  # type: ignore[arg-type]  # the config makes a tuple of a sequence
@@ -99,16 +103,22 @@ def unpatch(model: Model) -> Model:
     return unpatched
 
 
+_NEEDED = {"timm": "1.0.17", "transformers": "5.18"}
+
+
 def _library_of(model: object) -> ModuleType:
     """The module that patches the library of ``model``, imported here and not before."""
     packages = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-    if isinstance(model, nn.Module) and "timm" in packages:
-        try:
-            return importlib.import_module("gtp_vit.patch_timm")
-        except ImportError as error:
-            found = sys.modules["timm"].__version__
-            raise ImportError(f"gtp_vit needs timm >= 1.0.17; found {found}: pip install -U timm ({error})") from error
+    for package, needed in _NEEDED.items():
+        if isinstance(model, nn.Module) and package in packages:
+            try:
+                return importlib.import_module(f"gtp_vit.patch_{package}")
+            except ImportError as error:
+                found = sys.modules[package].__version__
+                raise ImportError(
+                    f"gtp_vit needs {package} >= {needed}; found {found}: pip install -U {package} ({error})"
+                ) from error
     raise TypeError(
-        "model must be built on timm.models.vision_transformer.VisionTransformer; "
+        "model must be built on timm.models.vision_transformer.VisionTransformer, or come from transformers; "
         f"got {type(model).__module__}.{type(model).__qualname__}"
     )
