@@ -890,13 +890,6 @@ def test_masks_and_causal_attention():
         model(x, is_causal=True)
 
 
-@pytest.mark.parametrize("method", ["forward_intermediates", "get_intermediate_layers"])
-def test_intermediates(method):
-    model = gtp_vit.patch(build(), **OPTIONS)
-    with pytest.raises(ValueError, match=f"{method} needs the grid.*gtp_vit.unpatch"):
-        getattr(model, method)(images(model))
-
-
 def test_input_too_small_for_num_prop():
     model = gtp_vit.patch(build("dynamic size"), num_prop=5, num_neighbours=3)
     with pytest.raises(ValueError, match=r"num_prop = 5 does not fit block 1: 4 of 9 image tokens.* is 2"):

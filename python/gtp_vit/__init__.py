@@ -18,12 +18,13 @@ from torch import nn
 
 from gtp_vit.config import GTPConfig
 from gtp_vit.flops import gmacs, register_formulas
+from gtp_vit.restore import restore_grid
 from gtp_vit.tracing import LayerRecord, Trace, trace
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["GTPConfig", "LayerRecord", "Trace", "gmacs", "patch", "trace", "unpatch"]
+__all__ = ["GTPConfig", "LayerRecord", "Trace", "gmacs", "patch", "restore_grid", "trace", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,6 +42,7 @@ def patch(
     num_neighbours: int = 8,
     token_scale: bool = True,
     semantics: str = "official",
+    restore: bool = False,
 ) -> Model:
     """Makes ``model`` shrink its token sequence inside every block (paper, Section 3.2); in place.
 
@@ -65,6 +67,9 @@ def patch(
         num_neighbours: M, 0 ≤ M < n, the semantic neighbours of a token.
         token_scale: whether attention counts how many tokens each one stands for (Equation 11).
         semantics: ``official`` or ``paper``.
+        restore: what ``forward_intermediates`` and ``get_intermediate_layers`` give: the full grid, in which tokens
+            that left are filled through the propagation weights (:func:`restore_grid`), or, with False, the image
+            tokens that remain, in grid order, for which ``output_fmt`` must be "NLC".
 
     Returns:
         ``model``, with the options as the :class:`GTPConfig` ``model.gtp``.
@@ -87,6 +92,7 @@ def patch(
         num_neighbours,
         token_scale,
         semantics,
+        restore,
     )
     patched: Model = _library_of(model).patch(model, config)
     return patched

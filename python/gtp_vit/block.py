@@ -47,7 +47,7 @@ class State(NamedTuple):
     Attributes:
         graph: the token graph seen through the current rows; ``None`` where nothing reads it.
         token_scales: float32 [B, N], prefix counted; ``None`` while every scale is one, whose logarithm adds nothing.
-        recorder: where the forward is traced.
+        recorder: where the forward is traced, or its grid restored.
     """
 
     graph: TokenGraph | None
@@ -161,9 +161,11 @@ def summarise(
     token_scales = state.token_scales
     if options.track_scales and token_scales is None:
         token_scales = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    recorder = state.recorder
     # A trace keeps the importance, which the one call does not give.
-    if isinstance(scores, AttentionScores) and options.selection in checks.SCORE_STANDARDS and state.recorder is None:
-        x, normed, graph, token_scales, _, _ = unchecked_select_residual(
+    quiet = recorder is None or not recorder.traced
+    if isinstance(scores, AttentionScores) and options.selection in checks.SCORE_STANDARDS and quiet:
+        x, normed, graph, token_scales, index_kept, index_prop = unchecked_select_residual(
             x,
             branch,
             scores,
@@ -182,7 +184,9 @@ def summarise(
             token_scales,
             options.num_prefix,
         )
-        return x, normed, State(graph, token_scales, None).finished(options)
+        if recorder is not None:
+            recorder.add(options.block, index_kept, index_prop, None)
+        return x, normed, State(graph, token_scales, recorder).finished(options)
     importance = importance_of(scores, options)
     index_kept, index_prop = unchecked_select(importance, options.num_prop, options.num_prefix, "grid")
     x, normed, graph, token_scales = unchecked_residual(
@@ -201,6 +205,6 @@ def summarise(
         token_scales,
         options.num_prefix,
     )
-    if state.recorder is not None:
-        state.recorder.add(options.block, index_kept, index_prop, importance)
-    return x, normed, State(graph, token_scales, state.recorder).finished(options)
+    if recorder is not None:
+        recorder.add(options.block, index_kept, index_prop, importance)
+    return x, normed, State(graph, token_scales, recorder).finished(options)

@@ -30,6 +30,8 @@ class GTPConfig:
         num_neighbours: M, the semantic neighbours of a token: 0 ≤ M < n.
         token_scale: whether the attention counts how many tokens each one stands for (Equations 11 and 12).
         semantics: ``"official"`` (the authors' code) or ``"paper"`` (the formulas as printed).
+        restore: whether intermediate features come as the full grid (:mod:`gtp_vit.restore`), or as the tokens
+            that remain.
 
     Raises:
         TypeError: an option of the wrong kind.
@@ -45,6 +47,7 @@ class GTPConfig:
     num_neighbours: int = 8
     token_scale: bool = True
     semantics: str = "official"
+    restore: bool = False
 
     def __post_init__(self) -> None:
         checked = {
@@ -57,8 +60,9 @@ class GTPConfig:
             "num_neighbours": checks.integer("num_neighbours", self.num_neighbours),
             "semantics": checks.choice("semantics", self.semantics, checks.SEMANTICS),
         }
-        if not isinstance(self.token_scale, bool):
-            raise TypeError(f"token_scale must be a bool; got {type(self.token_scale).__name__}")
+        for name in ("token_scale", "restore"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool; got {type(getattr(self, name)).__name__}")
         if self.propagation == "GraphProp" and self.graph_type == "None":
             raise ValueError(
                 "graph_type must be one of Spatial, Semantic, Mixed where propagation is 'GraphProp'; got 'None' "

@@ -9,6 +9,7 @@ Hooks of a block see what it now takes and gives, (x, state, options) and (x, st
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm.layers.attention import Attention
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.norm import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
+from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +35,8 @@ from gtp_vit.block import (
 )
 from gtp_vit.config import GTPConfig
 from gtp_vit.linear import feed_forward, has_hooks, linear
-from gtp_vit.tracing import start_recording
+from gtp_vit.restore import restore_tokens
+from gtp_vit.tracing import Recorder, start_recording
 
 
 class GTPAttention(Attention):
@@ -109,6 +112,91 @@ class GTPModel:
         Raises:
             ValueError: a mask or causal attention; an input size at which ``num_prop`` does not fit.
         """
+        x, _, _ = self._run_blocks(x, attn_mask, is_causal)
+        features: Tensor = self.norm(x)
+        return features
+
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's, of the patched blocks. Patched with ``restore=True`` all of it, the final features too, has the
+        tokens of the unpatched model; otherwise those that remained after each block, prefix tokens apart.
+
+        Raises:
+            ValueError: ``output_fmt`` "NCHW" without ``restore=True``; what :meth:`forward_features` refuses.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
+        if output_fmt == "NCHW" and not self.gtp.restore:
+            raise ValueError(
+                "output_fmt must be 'NLC' here: the tokens that remain form no grid; "
+                "patch with restore=True to have the grid restored"
+            )
+        take, last = feature_take_indices(len(self.blocks), indices)
+        depth = last + 1 if stop_early else len(self.blocks)
+        x, recorder, taken = self._run_blocks(x, attn_mask, is_causal, depth, take)
+        # Norms see what the model computed, not what was filled in.
+        taken = {block: self.norm(y) if norm else y for block, y in taken.items()}
+        features = None if intermediates_only else self.norm(x)
+        if recorder is not None and self.gtp.restore:
+            taken = {block: restore_tokens(y, recorder, block) for block, y in taken.items()}
+            features = None if features is None else restore_tokens(features, recorder)
+        prefix_tokens = [y[:, : self.num_prefix_tokens] for y in taken.values()]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in taken.values()]
+        if output_fmt == "NCHW":
+            intermediates = [y.unflatten(1, recorder.grid_size).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result = {"image_intermediates": intermediates}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix_tokens
+            return result if intermediates_only else {**result, "image_features": features}
+        pairs = list(zip(intermediates, prefix_tokens, strict=True)) if with_prefix else intermediates
+        return pairs if intermediates_only else (features, pairs)
+
+    def get_intermediate_layers(
+        self: Any,
+        x: Tensor,
+        n: int | list[int] | tuple[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> Any:
+        """timm's: :meth:`forward_intermediates`, "NCHW" with ``reshape``, without the final features."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+        )
+
+    def _run_blocks(
+        self: Any,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        depth: int | None = None,
+        take: Sequence[int] = (),
+    ) -> tuple[Tensor, Recorder | None, dict[int, Tensor]]:
+        """Images x through the embedding and the first ``depth`` blocks, all by default.
+
+        Returns:
+            x [B, tokens that remain, C] before the final norm; what was recorded; x after each block in ``take``.
+        """
         if attn_mask is not None:
             raise ValueError(
                 "attn_mask must be None in a patched model: tokens leave, so a mask of the input has no rows"
@@ -118,37 +206,27 @@ class GTPModel:
         x = self.patch_embed(x)
         height, width = x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
-        num_prefix, depth = self.num_prefix_tokens, len(self.blocks)
+        num_prefix, blocks = self.num_prefix_tokens, len(self.blocks)
         num_image_tokens = x.shape[1] - num_prefix
         if height * width != num_image_tokens:
             raise ValueError(
                 f"the {num_image_tokens} image tokens after the embedding are not the {height} x {width} patches of "
                 "the input: patch dropout, and embeddings that add or drop tokens, are not supported"
             )
-        self.gtp.check_fit(num_image_tokens, depth)
-        recorder = start_recording(self, self.gtp, depth, x.shape[0], (height, width), num_prefix, x.device)
-        state = first_state(x, (height, width), self.gtp, depth, num_prefix, recorder)
-        for block, options in zip(self.blocks, layer_options(self.gtp, depth, num_prefix), strict=True):
+        self.gtp.check_fit(num_image_tokens, blocks)
+        recorder = start_recording(self, self.gtp, blocks, x.shape[0], (height, width), num_prefix, x.device)
+        state = first_state(x, (height, width), self.gtp, blocks, num_prefix, recorder)
+        taken = {}
+        for block, options in zip(
+            self.blocks[:depth], layer_options(self.gtp, blocks, num_prefix)[:depth], strict=True
+        ):
             if self.grad_checkpointing:
                 x, state = checkpoint(block, x, state, options, use_reentrant=False)
             else:
                 x, state = block(x, state, options)
-        features: Tensor = self.norm(x)
-        return features
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the rows of a patched model's blocks do not form a grid."""
-        raise ValueError(
-            "forward_intermediates needs the grid of tokens, which a patched model does not keep; "
-            "call gtp_vit.unpatch(model) first"
-        )
-
-    def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the rows of a patched model's blocks do not form a grid."""
-        raise ValueError(
-            "get_intermediate_layers needs the grid of tokens, which a patched model does not keep; "
-            "call gtp_vit.unpatch(model) first"
-        )
+            if options.block in take:
+                taken[options.block] = x
+        return x, recorder, taken
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so a copy or a pickle names the class that it was made from.

@@ -46,11 +46,24 @@ class LayerRecord:
 class _Entry(NamedTuple):
     index_kept: Tensor
     index_prop: Tensor
-    importance: Tensor
+    importance: Tensor | None
+
+
+class Step(NamedTuple):
+    """A block in which image rows left: their rows and the original tokens behind them, prefix not counted."""
+
+    block: int
+    kept: Tensor
+    prop: Tensor
+    kept_tokens: Tensor
+    prop_tokens: Tensor
 
 
 class Recorder:
-    """Collects the blocks of one forward, by index: a block that gradient checkpointing runs again says the same."""
+    """Collects the blocks of one forward, by index: a block that gradient checkpointing runs again says the same.
+
+    ``traced`` says whether somebody will look at the importance; restoring the grid needs the rows alone.
+    """
 
     def __init__(
         self,
@@ -60,20 +73,47 @@ class Recorder:
         grid_size: tuple[int, int],
         num_prefix: int,
         device: torch.device,
+        traced: bool = True,
     ) -> None:
         self.config, self.depth, self.batch = config, depth, batch
         self.grid_size, self.num_prefix, self.device = grid_size, num_prefix, device
+        self.traced = traced
         self.graph: TokenGraph | None = None
         self.entries: dict[int, _Entry] = {}
         self.token_scales: dict[int, Tensor | None] = {}
 
-    def add(self, block: int, index_kept: Tensor, index_prop: Tensor, importance: Tensor) -> None:
+    def add(self, block: int, index_kept: Tensor, index_prop: Tensor, importance: Tensor | None) -> None:
         """The tokens of ``block`` that stay and leave."""
-        self.entries[block] = _Entry(index_kept, index_prop, importance.detach())
+        self.entries[block] = _Entry(index_kept, index_prop, None if importance is None else importance.detach())
 
     def finish(self, block: int, token_scales: Tensor | None) -> None:
         """The token scales after ``block``."""
         self.token_scales[block] = token_scales
+
+    def first_tokens(self) -> Tensor:
+        """int64 [B, n]: the image tokens before the first block."""
+        height, width = self.grid_size
+        return torch.arange(height * width, device=self.device).expand(self.batch, -1)
+
+    def steps(self) -> list[Step]:
+        """The blocks in which tokens left, in order; −1 is the token of a row that ``Mean`` made."""
+        steps, token = [], self.first_tokens()
+        for block in sorted(self.entries):
+            kept, prop = (index - self.num_prefix for index in self.entries[block][:2])
+            steps.append(Step(block, kept, prop, token.gather(1, kept), token.gather(1, prop)))
+            token = steps[-1].kept_tokens
+            if self.config.propagation == "Mean":
+                token = torch.cat((token, token.new_full((self.batch, 1), -1)), 1)
+        return steps
+
+    def num_rows(self, after: int | None = None) -> int:
+        """Image rows after block ``after``; after the last one by default."""
+        height, width = self.grid_size
+        rows = height * width
+        for block, entry in self.entries.items():
+            if after is None or block <= after:
+                rows += int(self.config.propagation == "Mean") - entry.index_prop.shape[1]
+        return rows
 
 
 class Trace:
@@ -108,25 +148,23 @@ class Trace:
     @property
     def layers(self) -> tuple[LayerRecord, ...]:
         recorder = self._recorded()
-        height, width = recorder.grid_size
-        token = torch.arange(height * width, device=recorder.device).expand(recorder.batch, -1)
+        steps = {step.block: step for step in recorder.steps()}
+        token = recorder.first_tokens()
         layers = []
         for block in range(recorder.depth):
             if block not in recorder.token_scales:
                 break
-            entry = recorder.entries.get(block)
             scales = recorder.token_scales[block]
-            if entry is None:
+            if block not in steps:
                 index_kept = torch.arange(token.shape[1], device=recorder.device).expand(recorder.batch, -1)
                 none = token[:, :0]
                 layers.append(LayerRecord(index_kept + recorder.num_prefix, none, token, none, None, scales))
                 continue
-            kept = token.gather(1, entry.index_kept - recorder.num_prefix)
-            prop = token.gather(1, entry.index_prop - recorder.num_prefix)
-            layers.append(LayerRecord(entry.index_kept, entry.index_prop, kept, prop, entry.importance, scales))
-            token = kept
+            entry, step = recorder.entries[block], steps[block]
+            layers.append(LayerRecord(*entry[:2], step.kept_tokens, step.prop_tokens, entry.importance, scales))
+            token = step.kept_tokens
             if recorder.config.propagation == "Mean":
-                token = torch.cat((kept, kept.new_full((recorder.batch, 1), -1)), 1)
+                token = torch.cat((token, token.new_full((recorder.batch, 1), -1)), 1)
         return tuple(layers)
 
     def lineage(self) -> Tensor:
@@ -194,13 +232,16 @@ def start_recording(
     num_prefix: int,
     device: torch.device,
 ) -> Recorder | None:
-    """The recorder of a forward of ``model`` that begins now; ``None`` where nothing traces it."""
-    if torch.compiler.is_compiling():
+    """The recorder of a forward of ``model`` that begins now; ``None`` where nothing reads it.
+
+    A trace does, and ``config.restore``. While ``torch.compile`` traces the model no :func:`trace` is seen.
+    """
+    traces: list[Trace] = []
+    if not torch.compiler.is_compiling():
+        traces = [result for traced, result in _ACTIVE.get() if traced is model]
+    if not traces and not config.restore:
         return None
-    traces = [result for traced, result in _ACTIVE.get() if traced is model]
-    if not traces:
-        return None
-    recorder = Recorder(config, depth, batch, grid_size, num_prefix, device)
+    recorder = Recorder(config, depth, batch, grid_size, num_prefix, device, traced=bool(traces))
     for result in traces:
         result._recorder = recorder
     return recorder
