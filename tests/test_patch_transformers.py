@@ -168,7 +168,7 @@ def layers_of(tower):
 def plain_attention(attn, x, scales, config):
     """The attention of a layer with a thresholded map, and that map."""
     batch, num_tokens, _ = x.shape
-    heads = SMALL["num_attention_heads"]
+    heads = attn.config.num_attention_heads
     q, k, v = (
         project(x).unflatten(-1, (heads, -1)).transpose(1, 2) for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
@@ -179,9 +179,9 @@ def plain_attention(attn, x, scales, config):
     return (attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj)(out), weights
 
 
-def plain_tokens(tower, prefix, pixel_values, config, **embedding):
+def plain_tokens(tower, prefix, pixel_values, config, depth=3, **embedding):
     """Last hidden state and hidden states of an unpatched ``tower`` under GTP, by its definition: nothing fused."""
-    patch = SMALL["patch_size"]
+    patch = tower.config.patch_size
     grid_size = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
     x = tower.embeddings(pixel_values, **embedding)
     if hasattr(tower, "pre_layrnorm"):
@@ -193,7 +193,7 @@ def plain_tokens(tower, prefix, pixel_values, config, **embedding):
         ).to_dense()
     scales = torch.ones(x.shape[:2], device=x.device) if config.token_scale else None
     hidden = [x]
-    for layer, num_prop in zip(layers_of(tower), config.schedule(3), strict=True):
+    for layer, num_prop in zip(layers_of(tower), config.schedule(depth), strict=True):
         if hasattr(layer, "layernorm_before"):
             norm1, attn, norm2 = layer.layernorm_before, layer.attention, layer.layernorm_after
         elif hasattr(layer, "layer_norm1"):
@@ -201,8 +201,9 @@ def plain_tokens(tower, prefix, pixel_values, config, **embedding):
         else:
             norm1, attn, norm2 = layer.norm1, layer.attention, layer.norm2
         scale1, scale2 = getattr(layer, "layer_scale1", nn.Identity()), getattr(layer, "layer_scale2", nn.Identity())
+        drop = getattr(layer, "dropout", getattr(layer, "drop_path", nn.Identity()))
         branch, weights = plain_attention(attn, norm1(x), scales, config)
-        x = x + scale1(branch)
+        x = x + drop(scale1(branch))
         if num_prop:
             index_kept, index_prop = reference.select(
                 weights.detach(), config.selection, num_prop, num_prefix=prefix, semantics=config.semantics
@@ -212,7 +213,7 @@ def plain_tokens(tower, prefix, pixel_values, config, **embedding):
             x, graph, scales = reference.propagate(
                 x, graph, index_kept, index_prop, config.propagation, config.alpha, scales, num_prefix=prefix
             )
-        x = x + scale2(layer.mlp(norm2(x)))
+        x = x + drop(scale2(layer.mlp(norm2(x))))
         hidden.append(x)
     for name in ("layernorm", "post_layernorm"):
         if hasattr(tower, name) and not hasattr(tower, "pre_layrnorm"):
@@ -352,7 +353,9 @@ def test_the_same_as_the_patched_model_of_timm(backend):
     with torch.no_grad():
         assert_same(other(x), model(x).logits, 1e-10)
         expected = gtp_vit.patch(other, **OPTIONS)(x)
-        assert_same(gtp_vit.patch(model, **OPTIONS)(x).logits, expected, 1e-10)
+        assert gtp_vit.gmacs(model, x) == gtp_vit.gmacs(gtp_vit.unpatch(other), x)
+        assert gtp_vit.gmacs(gtp_vit.patch(model, **OPTIONS), x) == gtp_vit.gmacs(gtp_vit.patch(other, **OPTIONS), x)
+        assert_same(model(x).logits, expected, 1e-10)
         assert_same(model.vit(x).last_hidden_state, other.forward_features(x), 1e-10)
 
 
@@ -478,7 +481,7 @@ def test_hidden_states_by_number():
     x = images(model)
     with torch.no_grad():
         every = model(x, output_hidden_states=True).hidden_states
-        for chosen, kept in ((-2, {2}), (1, {1}), ([-1, 0], {0, 3}), ([9, 2], {2})):
+        for chosen, kept in ((-2, {2}), (1, {1}), ([-1, 0], {0, 3}), ([9, 2], {2}), ([9], set())):
             some = model(x, output_hidden_states=chosen).hidden_states
             assert [index for index, each in enumerate(some) if each is not None] == sorted(kept)
             assert all(each is None or torch.equal(each, full) for each, full in zip(some, every, strict=True))
@@ -542,6 +545,138 @@ def test_towers_beside_a_text_model(backend, key):
     assert torch.equal(again.logits_per_image, unpatched.logits_per_image)
 
 
+# The full grid in the outputs
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_restored_outputs(backend, key):
+    """Every hidden state has the full grid, as gtp_vit.restore_grid gives it; pooled outputs are those without it."""
+    model = build(key)
+    tower, prefix = tower_of(key, model), MODELS[key][2]
+    x = images(model)
+    with torch.no_grad():
+        with gtp_vit.trace(gtp_vit.patch(model, **OPTIONS)) as trace:
+            reduced = tower(x, output_hidden_states=True)
+        gtp_vit.unpatch(model)
+        gtp_vit.patch(model, **OPTIONS, restore=True)
+        full = tower(x, output_hidden_states=True)
+        with gtp_vit.trace(model):
+            traced = tower(x, output_hidden_states=[2])
+        result = model(x)
+    assert full.pooler_output is reduced.pooler_output is None or torch.equal(full.pooler_output, reduced.pooler_output)
+    pairs = [(full.last_hidden_state, reduced.last_hidden_state, None)]
+    pairs += [(full.hidden_states[i + 1], reduced.hidden_states[i + 1], i) for i in range(3)]
+    for grid, left, after in pairs:
+        assert grid.shape == (2, prefix + 16, 48)
+        assert torch.equal(grid[:, :prefix], left[:, :prefix])
+        assert torch.equal(grid[:, prefix:].unflatten(1, (4, 4)), gtp_vit.restore_grid(left, trace, after))
+        kept = trace.layers[-1 if after is None else after].kept_tokens
+        assert torch.equal(grid[:, prefix:].gather(1, kept.unsqueeze(-1).expand(-1, -1, 48)), left[:, prefix:])
+    assert torch.equal(full.hidden_states[0], reduced.hidden_states[0])
+    assert torch.equal(traced.hidden_states[2], full.hidden_states[2])
+    if "logits" in result:
+        assert_same(result.logits, result_of(key, model, full.last_hidden_state), 1e-12)
+
+
+@pytest.mark.parametrize("key", ["vit", "dinov2", "clip", "siglip"])
+def test_restored_outputs_of_which_no_token_left(key):
+    model = build(key, dtype=torch.float32)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x, output_hidden_states=True)
+        output = gtp_vit.patch(model, num_prop=0, sparsity=1.0, restore=True)(x, output_hidden_states=True)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert all(map(torch.equal, output.hidden_states, expected.hidden_states))
+
+
+def test_a_head_that_needs_the_grid(backend):
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SMALL, encoder_stride=16))
+    randomised(model)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x).reconstruction
+        output = gtp_vit.patch(model, **OPTIONS, restore=True)(x).reconstruction
+        assert output.shape == expected.shape == x.shape
+        assert (output - expected).abs().max() > 1e-3
+        gtp_vit.unpatch(model)
+        assert torch.equal(model(x).reconstruction, expected)
+
+
+IMAGE_TOKEN = 50
+
+
+def llava(vision="clip", **options):
+    """A LLaVA of small random models, and its inputs: two prompts with an image each."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, pad_token_id=0)
+    config = dict(clip=clip_config, siglip=siglip_config)[vision]().vision_config
+    strategy = "default" if vision == "clip" else "full"
+    with torch.device("cpu"):
+        model = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=config,
+                text_config=text,
+                image_token_id=IMAGE_TOKEN,
+                vision_feature_select_strategy=strategy,
+                **options,
+            )
+        )
+    randomised(model, torch.float32)
+    x = images(model)
+    prompt = torch.tensor([[3, *[IMAGE_TOKEN] * 16, 7, 8], [4, *[IMAGE_TOKEN] * 16, 9, 5]], device=x.device)
+    return model, dict(input_ids=prompt, pixel_values=x)
+
+
+@pytest.mark.parametrize("layers", [-2, [-2, 1]], ids=str)
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_a_tower_inside_llava(backend, vision, layers):
+    model, inputs = llava(vision, vision_feature_layer=layers)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        expected = model(**inputs)
+        gtp_vit.patch(tower, num_prop=0, sparsity=1.0, restore=True)
+        assert torch.equal(model(**inputs).logits, expected.logits)
+        gtp_vit.unpatch(tower)
+        gtp_vit.patch(tower, **OPTIONS, restore=True)
+        output = model(**inputs)
+        features = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        chosen = [features[layer][:, int(vision == "clip") :] for layer in ([layers] if layers == -2 else layers)]
+        projected = model.model.multi_modal_projector(torch.cat(chosen, -1))
+    assert output.logits.shape == expected.logits.shape
+    assert torch.equal(output.image_hidden_states, projected.flatten(0, 1).view_as(output.image_hidden_states))
+    assert (output.logits - expected.logits).abs().max() > 1e-3
+    # Both models at once, by the model around the tower.
+    gtp_vit.unpatch(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected.logits)
+        assert torch.equal(gtp_vit.patch(model, **OPTIONS, restore=True)(**inputs).logits, output.logits)
+        with gtp_vit.trace(model) as trace:
+            model(**inputs)
+    assert len(trace.layers) == 3
+
+
+def test_a_tower_inside_llava_that_gives_fewer_tokens():
+    model, inputs = llava()
+    with pytest.raises(ValueError, match=r"restore must be True for a LlavaForConditionalGeneration.*vision_tower"):
+        gtp_vit.patch(model, **OPTIONS)
+    gtp_vit.patch(model.model.vision_tower, **OPTIONS)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("key", ["dinov2", "siglip"])
+def test_a_merger_of_2_by_2_patches(key):
+    model = gtp_vit.patch(build(key), **OPTIONS, restore=True)
+    prefix = MODELS[key][2]
+    with torch.no_grad():
+        tokens = model(images(model)).last_hidden_state[:, prefix:]
+    merged = nn.functional.pixel_unshuffle(tokens.transpose(1, 2).unflatten(2, (4, 4)), 2)
+    assert merged.shape == (2, 4 * 48, 2, 2)
+    assert merged.isfinite().all()
+
+
 # Living with a patched model
 
 
@@ -570,18 +705,19 @@ def test_copies_and_pickles(backend, how, key):
         assert torch.equal(given_result(gtp_vit.patch(other, **OPTIONS)(x)), expected)
 
 
-@pytest.mark.parametrize("key", ["vit", "vit classifier"])
+@pytest.mark.parametrize("key", ["vit", "vit classifier", "dinov2", "clip projection", "llava"])
 def test_checkpoints_are_those_of_the_unpatched_model(tmp_path, key):
-    model = build(key, dtype=torch.float32)
-    x = images(model)
+    model, inputs = llava() if key == "llava" else (build(key, dtype=torch.float32), None)
+    inputs = inputs or dict(pixel_values=images(model))
+    options = OPTIONS | dict(restore=key == "llava")
     model.save_pretrained(tmp_path / "unpatched")
-    gtp_vit.patch(model, **OPTIONS).save_pretrained(tmp_path / "patched")
+    gtp_vit.patch(model, **options).save_pretrained(tmp_path / "patched")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "unpatched" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes()
-    loaded = type(build(key)).from_pretrained(tmp_path / "patched")
+    loaded = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "patched").eval()
     with torch.no_grad():
-        expected = given_result(model(x))
-        assert torch.equal(given_result(gtp_vit.patch(loaded, **OPTIONS)(x)), expected)
+        expected = given_result(model(**inputs))
+        assert torch.equal(given_result(gtp_vit.patch(loaded, **options)(**inputs)), expected)
 
 
 def test_load_state_dict_before_and_after():
@@ -674,9 +810,9 @@ def test_threads_share_one_model(backend):
             assert all(map(torch.equal, output.hidden_states, wanted.hidden_states))
 
 
-@pytest.mark.parametrize("key", TOWERS)
-def test_compile_full_graph(key):
-    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS | dict(sparsity=1.0))
+@pytest.mark.parametrize(("key", "restore"), [("vit", False), ("registers", True), ("clip", True), ("siglip", False)])
+def test_compile_full_graph(key, restore):
+    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS | dict(sparsity=1.0, restore=restore))
     x = images(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -686,6 +822,34 @@ def test_compile_full_graph(key):
     assert_same(output.last_hidden_state, expected.last_hidden_state, 1e-5)
     for each, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
         assert_same(each, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("key", ["dinov2", "siglip"])
+def test_export(key):
+    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS)
+    batch = torch.export.Dim("batch", min=2, max=8)
+    with torch.no_grad():
+        program = torch.export.export(model, (images(model),), dynamic_shapes={"pixel_values": {0: batch}})
+        x = images(model, batch=3, seed=2)
+        assert_same(program.module()(x).last_hidden_state, model(x).last_hidden_state, 1e-5)
+
+
+@pytest.mark.parametrize(("activation", "fuses"), [("gelu", 1), ("gelu_pytorch_tanh", 1), ("quick_gelu", 0)])
+@pytest.mark.parametrize("key", ["vit", "siglip"])
+def test_layers_run_the_fused_products_of_a_cpu(key, activation, fuses, monkeypatch):
+    """Inference on a CPU: three projections and the output, then the feed-forward, in each of the layers."""
+    from gtp_vit import linear
+
+    model = gtp_vit.patch(build(key, dtype=torch.float32, hidden_act=activation), **OPTIONS | dict(sparsity=1.0))
+    x, calls = images(model), []
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+        monkeypatch.setattr(linear, "_WORTH", 0)
+        product = linear._product
+        monkeypatch.setattr(linear, "_product", lambda *args: calls.append(args[2:]) or product(*args))
+        assert_same(model(x).last_hidden_state, expected, 1e-4)
+    algorithm = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}.get(activation)
+    assert calls == 3 * ([()] * 4 + fuses * [("gelu", algorithm)])
 
 
 def test_gmacs():
@@ -744,19 +908,63 @@ def test_gradient_checkpointing(backend, key, reentrant):
         assert_same(model.get_parameter(name).grad, gradient, 1e-10)
 
 
-def test_training_mode_with_dropout(backend):
-    """Dropout and stochastic depth act on the branch before the fused step."""
-    for key, changes in (("vit", dict(hidden_dropout_prob=0.3)), ("dinov2", dict(drop_path_rate=0.5))):
-        model = build(key, **changes).train()
-        x = images(model, batch=4)
-        gtp_vit.patch(model, num_prop=0, sparsity=0.999, token_scale=False, semantics="paper")
-        torch.manual_seed(5)
-        result = model(x).last_hidden_state
-        gtp_vit.unpatch(model)
-        torch.manual_seed(5)
-        assert_same(result, model(x).last_hidden_state, 0.05)
-        gtp_vit.patch(model, **OPTIONS)
-        model(x).last_hidden_state.sum().backward()
+@pytest.mark.parametrize(
+    ("key", "changes"), [("vit", dict(hidden_dropout_prob=0.3)), ("dinov2", dict(drop_path_rate=0.5))]
+)
+def test_training_mode_with_dropout(backend, key, changes):
+    """Dropout and stochastic depth act on the branch before the fused step: same draws, same result."""
+    model = build(key, **changes).train()
+    x, config = images(model, batch=4), GTPConfig(**OPTIONS)
+    torch.manual_seed(5)
+    expected, _ = plain_tokens(model, 1, x, config)
+    gtp_vit.patch(model, **OPTIONS)
+    torch.manual_seed(5)
+    result = model(x).last_hidden_state
+    assert_same(result, expected)
+    result.sum().backward()
+
+
+# Full size
+
+
+FULL_SIZE = {
+    "ViT-B/16": (lambda: transformers.ViTModel(transformers.ViTConfig()), 1, 8),
+    "DeiT-S": (
+        lambda: transformers.DeiTModel(
+            transformers.DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
+        ),
+        2,
+        8,
+    ),
+    "DINOv2-S": (
+        lambda: transformers.Dinov2Model(
+            transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
+        ),
+        1,
+        8,
+    ),
+    "CLIP ViT-B/32": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig()), 1, 3),
+    "SigLIP-B/16": (lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig()), 0, 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size(backend, name):
+    make, prefix, num_prop = FULL_SIZE[name]
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_((0.02 if parameter.ndim > 1 else 0.1) * torch.randn(parameter.shape))
+    model = model.to(torch.get_default_device(), torch.float64).eval()
+    x, config = images(model, batch=1, size=(224, 224)), GTPConfig(num_prop=num_prop)
+    with torch.no_grad():
+        expected, _ = plain_tokens(model, prefix, x, config, depth=12)
+        result = gtp_vit.patch(model, num_prop=num_prop)(x).last_hidden_state
+    assert result.shape[1] == prefix + (224 // model.config.patch_size) ** 2 - 12 * num_prop
+    assert_same(result, expected)
 
 
 # Trace
@@ -854,8 +1062,8 @@ REFUSED = {
     "masked image modelling": (
         lambda: transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SMALL, encoder_stride=16)),
         {},
-        TypeError,
-        r"ViTForMaskedImageModeling.*may need every token.*model\.vit",
+        ValueError,
+        r"restore must be True for a ViTForMaskedImageModeling, .*every token.*got False .*model\.vit",
     ),
     "subclass of a tower": (lambda: OwnTower(transformers.ViTConfig(**SMALL)), {}, TypeError, "got OwnTower"),
     "two towers": (two_towers, {}, TypeError, "holds 2: patch each by itself .vision_model, other."),

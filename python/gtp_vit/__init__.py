@@ -67,9 +67,10 @@ def patch(
         num_neighbours: M, 0 ≤ M < n, the semantic neighbours of a token.
         token_scale: whether attention counts how many tokens each one stands for (Equation 11).
         semantics: ``official`` or ``paper``.
-        restore: what ``forward_intermediates`` and ``get_intermediate_layers`` give: the full grid, in which tokens
-            that left are filled through the propagation weights (:func:`restore_grid`), or, with False, the image
-            tokens that remain, in grid order, for which ``output_fmt`` must be "NLC".
+        restore: what ``forward_intermediates`` and ``get_intermediate_layers`` of timm, and ``last_hidden_state`` and
+            ``hidden_states`` of transformers give: the full grid, in which tokens that left are filled through the
+            propagation weights (:func:`restore_grid`), or, with False, the image tokens that remain, in grid order,
+            for which ``output_fmt`` must be "NLC".
 
     Returns:
         ``model``, with the options as the :class:`GTPConfig` ``model.gtp``.

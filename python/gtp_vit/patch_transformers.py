@@ -2,9 +2,13 @@
 
 What changes: the class of the tower, of its encoder, of its layers and of their attention, and nothing else. The tower
 also gets one attribute, ``gtp``, the frozen :class:`GTPConfig`, and so does the model around it where that was given to
-``patch``. Parameters, buffers, configuration, hooks and state_dict keys are those of before. A tower's forward takes
-the arguments of the original and returns its output class. Hooks of a layer see what it now takes and gives,
-(x, state, options) and (x, state); those of its attention, (out, scores); those of an encoder, the tokens and states.
+``patch``. Parameters, buffers, configuration, hooks and state_dict keys are those of before.
+
+A tower's forward takes the arguments of the original and returns its output class: with the tokens that are left, or,
+patched with ``restore=True``, with the full grid (:mod:`gtp_vit.restore`) in ``last_hidden_state`` and every hidden
+state. Norms and pooling see what the model computed, not what was filled in. Hooks of a layer see what it now takes and
+gives, (x, state, options) and (x, state); those of its attention, (out, scores); those of an encoder, (x, run) and
+(x, hidden states).
 
 Why classes, and no function in the library's attention interface (``ALL_ATTENTION_FUNCTIONS``, chosen by
 ``config._attn_implementation``): such a function gets q, k and v, and what it returns beside the output is thrown away
@@ -45,7 +49,8 @@ from gtp_vit.block import (
 )
 from gtp_vit.config import GTPConfig
 from gtp_vit.linear import feed_forward, has_hooks, linear
-from gtp_vit.tracing import start_recording
+from gtp_vit.restore import restore_tokens
+from gtp_vit.tracing import Recorder, start_recording
 
 if Version(transformers.__version__) < Version("5.18"):
     raise ImportError("the layers of earlier versions are built otherwise")
@@ -127,25 +132,30 @@ class GTPEncoder(nn.Module):
 
     gtp_layers: ClassVar[str] = "layers"
 
-    def forward(self: Any, inputs_embeds: Tensor, run: Run) -> tuple[Tensor, State, list[Tensor | None]]:
+    def forward(self: Any, inputs_embeds: Tensor, run: Run) -> tuple[Tensor, list[Tensor | None]]:
         return run_layers(getattr(self, self.gtp_layers), inputs_embeds, run)
 
 
-def run_layers(layers: Iterable[nn.Module], x: Tensor, run: Run) -> tuple[Tensor, State, list[Tensor | None]]:
-    """The tokens after the last layer, the last state, and the tokens before and after each layer where wanted."""
+def run_layers(layers: Iterable[nn.Module], x: Tensor, run: Run) -> tuple[Tensor, list[Tensor | None]]:
+    """The tokens after the last layer, and the hidden states: before the first one and after each, where wanted."""
     state, hidden = run.state, [x if 0 in run.wanted else None]
     for layer, options in zip(layers, run.options, strict=True):
         x, state = layer(x, state, options)
         hidden.append(x if options.block + 1 in run.wanted else None)
-    return x, state, hidden
+    return x, hidden
 
 
 class Tokens(NamedTuple):
-    """What the layers give: the tokens that are left, those that the output holds, and the hidden states."""
+    """What the layers give: the tokens x that are left, and the hidden states as an output shows them."""
 
-    left: Tensor
-    output: Tensor
+    x: Tensor
     hidden_states: tuple[Tensor | None, ...] | None
+    recorder: Recorder | None
+    """Of a tower that restores the grid."""
+
+    def shown(self, x: Tensor) -> Tensor:
+        """As an output shows it: x [B, tokens that are left, C], the final norm included, or its full grid."""
+        return x if self.recorder is None else restore_tokens(x, self.recorder)
 
 
 class GTPTower(nn.Module):
@@ -188,13 +198,15 @@ class GTPTower(nn.Module):
         wanted = _wanted(output_hidden_states, depth + 1)
         run = Run(state, layer_options(config, depth, num_prefix), wanted)
         if self.gtp_layers == "layers":
-            x, state, hidden = run_layers(layers, x, run)
+            x, hidden = run_layers(layers, x, run)
         else:
-            x, state, hidden = self.encoder(x, run)
-        full = [
-            None if each is None else _handed_out(each, state, config, after) for after, each in enumerate(hidden, -1)
-        ]
-        return Tokens(x, _handed_out(x, state, config, depth - 1), tuple(full) if wanted else None)
+            x, hidden = self.encoder(x, run)
+        restored = recorder if config.restore else None
+        if restored is not None:
+            # Block i gives hidden state i + 1.
+            steps = enumerate(hidden[1:])
+            hidden[1:] = [None if each is None else restore_tokens(each, restored, block) for block, each in steps]
+        return Tokens(x, tuple(hidden) if output_hidden_states else None, restored)
 
     def gtp_check(self: Any, pixel_values: Tensor | None, options: dict[str, Any]) -> Any:
         """Refuses what a patched tower cannot take; returns the ``output_hidden_states`` that hold.
@@ -219,11 +231,6 @@ class GTPTower(nn.Module):
         return options.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
 
 
-def _handed_out(x: Tensor, state: State, config: GTPConfig, after: int) -> Tensor:
-    """The tokens x [B, rows, C] after block ``after`` (-1: before the first one), as an output shows them."""
-    return x
-
-
 class _GTPViT(GTPTower):
     gtp_layers = "layers"
 
@@ -243,9 +250,9 @@ class _GTPViT(GTPTower):
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=interpolate_pos_encoding
         )
         tokens = self.gtp_tokens(x, pixel_values, wanted)
-        output = self.layernorm(tokens.output)
-        pooled = self.pooler(output) if self.pooler is not None else None
-        return BaseModelOutputWithPooling(output, pooled, tokens.hidden_states)
+        x = self.layernorm(tokens.x)
+        pooled = self.pooler(x) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(tokens.shown(x), pooled, tokens.hidden_states)
 
 
 class _GTPDinov2(GTPTower):
@@ -262,8 +269,8 @@ class _GTPDinov2(GTPTower):
         wanted = self.gtp_check(pixel_values, dict(kwargs, attention_mask=attention_mask))
         x = self.embeddings(pixel_values, bool_masked_pos=bool_masked_pos)
         tokens = self.gtp_tokens(x, pixel_values, wanted)
-        output = self.layernorm(tokens.output)
-        return BaseModelOutputWithPooling(output, output[:, 0, :], tokens.hidden_states)
+        x = self.layernorm(tokens.x)
+        return BaseModelOutputWithPooling(tokens.shown(x), x[:, 0, :], tokens.hidden_states)
 
 
 class GTPViTAttention(GTPAttention, vit.ViTAttention):
@@ -348,8 +355,8 @@ class GTPCLIPVisionModel(GTPTower, clip.CLIPVisionModel):
         wanted = self.gtp_check(pixel_values, kwargs)
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         tokens = self.gtp_tokens(x, pixel_values, wanted)
-        pooled = self.post_layernorm(tokens.output[:, 0, :])
-        return BaseModelOutputWithPooling(tokens.output, pooled, tokens.hidden_states)
+        pooled = self.post_layernorm(tokens.x[:, 0, :])
+        return BaseModelOutputWithPooling(tokens.shown(tokens.x), pooled, tokens.hidden_states)
 
 
 class GTPSiglipAttention(GTPAttention, siglip.SiglipAttention):
@@ -377,10 +384,9 @@ class GTPSiglipVisionModel(GTPTower, siglip.SiglipVisionModel):
         wanted = self.gtp_check(pixel_values, kwargs)
         x = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         tokens = self.gtp_tokens(x, pixel_values, wanted)
-        output = left = self.post_layernorm(tokens.output)
-        if tokens.left is not tokens.output and self.use_head:
-            left = self.post_layernorm(tokens.left)
-        return BaseModelOutputWithPooling(output, self.head(left) if self.use_head else None, tokens.hidden_states)
+        x = self.post_layernorm(tokens.x)
+        pooled = self.head(x) if self.use_head else None
+        return BaseModelOutputWithPooling(tokens.shown(x), pooled, tokens.hidden_states)
 
 
 _TOWERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -508,9 +514,10 @@ def _find_tower(model: Any, config: GTPConfig) -> Any:
             f"model must hold one vision tower; {name} holds {len(towers)}: patch each by itself ({', '.join(towers)})"
         )
     ((path, tower),) = towers.items()
-    if tower is not model and type(model) not in _HOLDERS:
-        raise TypeError(
-            f"model is a {name}, which may need every token of its tower: patch the tower itself, model.{path}"
+    if tower is not model and type(model) not in _HOLDERS and not config.restore:
+        raise ValueError(
+            f"restore must be True for a {name}, which may need every token of its tower; got False "
+            f"(or patch the tower itself, model.{path})"
         )
     return tower
 
