@@ -135,6 +135,7 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
     CUDA: [
         ("test_attention.py::test_backward_matches_the_definition[cuda-*]", "it has no backward"),
         ("test_patch_timm.py::test_gradients[cuda-*]", "it has no backward"),
+        ("test_patch_transformers.py::test_gradients[cuda-*]", "it has no backward"),
         ("test_select_propagate.py::test_gradients_are_those_of_the_three_ops[cuda]", "it has no backward"),
     ],
 }

@@ -55,6 +55,8 @@ def test_the_formula_is_the_count(build, key):
     "options",
     [
         dict(propagation="Mean"),
+        dict(propagation="LiveGraph"),
+        dict(propagation="LiveGraph", graph_type="Spatial"),
         dict(propagation="None"),
         dict(propagation="None", graph_type="None"),
         dict(graph_type="Spatial"),

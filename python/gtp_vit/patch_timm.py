@@ -340,7 +340,7 @@ def work(model: Any, size: int | tuple[int, int] | None = None) -> ModelWork:
     constant, final_token = outside(
         model, embed, lambda tokens: model.forward_head(features(model, tokens, channels)), prefix
     )
-    blocks = tuple(block_work(block, block.attn, _width(block.attn)) for block in model.blocks)
+    blocks = tuple(block_work(block, block.attn, _width(block.attn), block.attn.num_heads) for block in model.blocks)
     return ModelWork(blocks, channels, grids[0], prefix, constant, final_token)
 
 

@@ -227,7 +227,8 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     """Records the forwards of ``model`` that run in this context (this thread); the latest one is kept.
 
     Args:
-        model: a patched model (not a wrapper such as the result of ``torch.compile``).
+        model: a patched model (not a wrapper such as the result of ``torch.compile``); where its vision tower is what
+            tokens leave from, the forwards of the tower.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -239,8 +240,10 @@ def trace(model: nn.Module) -> Iterator[Trace]:
         raise ValueError(
             f"model must be patched by gtp_vit.patch, and not wrapped after that; got {type(model).__name__}"
         )
+    # A model around a tower has the options too, and comes before it.
+    traced = [module for module in model.modules() if isinstance(vars(module).get("gtp"), GTPConfig)][-1]
     result = Trace()
-    token = _ACTIVE.set((*_ACTIVE.get(), (model, result)))
+    token = _ACTIVE.set((*_ACTIVE.get(), (traced, result)))
     try:
         yield result
     finally:

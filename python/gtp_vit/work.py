@@ -2,7 +2,8 @@
 
     block:   a · N + p · N² + m · N'  with N tokens before the tokens leave and N' after,
              a, m of the linear layers in and after the attention, p = 2 · H · d of its two products
-    leaving: C · E · P / n (GraphProp), C · P (Mean), 0 (None);  CosSim*: n_l² · N of its similarities
+    leaving: C · E · P / n (GraphProp), C · P (Mean), 0 (None), E · d + C · P (LiveGraph, in both directions 2 E edges);
+             CosSim*: n_l² · N of its similarities
     graph:   n² · C (Semantic, Mixed), once
     outside: embedding and head, as counted
 
@@ -30,11 +31,13 @@ class BlockWork(NamedTuple):
         attention: of the linear layers of the attention, per token before the tokens leave.
         pairs: of the two products of the attention, per pair of tokens.
         feed_forward: of the other linear layers, per token that stays.
+        head_size: d.
     """
 
     attention: int
     pairs: int
     feed_forward: int
+    head_size: int
 
 
 class ModelWork(NamedTuple):
@@ -83,8 +86,10 @@ class ModelWork(NamedTuple):
                 total += before * before * tokens
             if config.propagation == "GraphProp":
                 total += 2 * self.channels * edges * num_prop // n / 2  # rounded as it is where it is counted
-            elif config.propagation == "Mean":
+            elif config.propagation in ("Mean", "LiveGraph"):
                 total += self.channels * num_prop
+            if config.propagation == "LiveGraph" and num_prop:
+                total += edges * block.head_size
         return total
 
     def _edges(self, config: GTPConfig) -> int:
@@ -95,10 +100,10 @@ class ModelWork(NamedTuple):
         return edge_capacity(height, width, config.graph_type, neighbours)
 
 
-def block_work(block: nn.Module, attention: nn.Module, width: int) -> BlockWork:
-    """What a block does that consists of linear layers and one attention of ``width`` H · d."""
+def block_work(block: nn.Module, attention: nn.Module, width: int, heads: int) -> BlockWork:
+    """What a block does that consists of linear layers and one attention of ``width`` H · d and so many heads."""
     attending = _per_token(attention)
-    return BlockWork(attending, 2 * width, _per_token(block) - attending)
+    return BlockWork(attending, 2 * width, _per_token(block) - attending, width // heads)
 
 
 def _per_token(module: nn.Module) -> int:
