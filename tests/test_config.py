@@ -79,9 +79,9 @@ def test_the_papers_name_of_a_selection():
         (dict(selection="Mixed"), ValueError, "selection must be one of .*MixedAttnMax.*None; got 'Mixed'"),
         (dict(selection=None), TypeError, "selection must be a string"),
         (
-            dict(propagation="LiveGraph"),
+            dict(propagation="DeadGraph"),
             ValueError,
-            "propagation must be one of None, Mean, GraphProp; got 'LiveGraph'",
+            "propagation must be one of None, Mean, GraphProp, LiveGraph; got 'DeadGraph'",
         ),
         (dict(graph_type="Dense"), ValueError, "graph_type must be one of None, Spatial, Semantic, Mixed"),
         (dict(graph_type="None"), ValueError, "graph_type must be one of Spatial, Semantic, Mixed where propagation"),
@@ -101,8 +101,8 @@ def test_bad_options_are_named(options, error, message):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="gamma"):
-        gtp_vit.patch(torch.nn.Identity(), gamma=0.25)
+    with pytest.raises(TypeError, match="delta"):
+        gtp_vit.patch(torch.nn.Identity(), delta=0.25)
 
 
 @pytest.mark.parametrize("propagation", ["None", "Mean"])

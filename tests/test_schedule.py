@@ -239,7 +239,7 @@ def test_the_unpatched_work_is_a_target():
             "shape must be one of constant, increasing, decreasing, keep-rate; got 'linear'",
         ),
         (dict(gmacs=3.4, shape=2), TypeError, "shape must be a string"),
-        (dict(gmacs=3.4, gamma=1), TypeError, "schedule takes the options of gtp_vit.patch; got gamma"),
+        (dict(gmacs=3.4, delta=1), TypeError, "schedule takes the options of gtp_vit.patch; got delta"),
         (dict(gmacs=3.4, graph_type="None"), ValueError, "graph_type must be one of Spatial, Semantic, Mixed"),
         (dict(gmacs=3.4, num_neighbours=196), ValueError, r"num_neighbours must be in \[0, 196\)"),
         (dict(gmacs=3.4, selection="None"), ValueError, "selection must not be 'None'"),
