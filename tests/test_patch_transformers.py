@@ -402,6 +402,16 @@ def test_masked_patches(backend, key):
         assert (model(x).last_hidden_state - expected).abs().max() > 1e-3
 
 
+def test_siglip_without_its_head(backend):
+    model = build("siglip", vision_use_head=False)
+    x, config = images(model), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected, _ = plain_tokens(model, 0, x, config)
+        output = gtp_vit.patch(model, **OPTIONS)(x)
+    assert output.pooler_output is None
+    assert_same(output.last_hidden_state, expected)
+
+
 def test_empty_batch(backend):
     model = gtp_vit.patch(build("dinov2"), **OPTIONS)
     with torch.no_grad():
@@ -1015,6 +1025,17 @@ class OwnLayer(nn.Module):
         self.attention = layer
 
 
+class OwnEncoder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.layers = encoder.layers
+
+
+def with_attribute(model, path):
+    model.get_submodule(path).gtp = 3
+    return model
+
+
 def with_instance_forward(model, path):
     module = model.get_submodule(path)
     module.forward = module.forward
@@ -1078,6 +1099,24 @@ REFUSED = {
         {},
         TypeError,
         "layer 2 of CLIPVisionModel has Identity; supported attentions are ViTAttention",
+    ),
+    "another encoder": (
+        lambda: replaced("siglip", "encoder", OwnEncoder),
+        {},
+        TypeError,
+        "SiglipVisionModel has an encoder of class OwnEncoder",
+    ),
+    "an attribute gtp": (
+        lambda: with_attribute(build("vit classifier"), "vit"),
+        {},
+        ValueError,
+        r"ViTModel has an attribute gtp \(int\)",
+    ),
+    "an attribute gtp around the tower": (
+        lambda: with_attribute(build("vit classifier"), ""),
+        {},
+        ValueError,
+        r"ViTForImageClassification has an attribute gtp \(int\)",
     ),
     "instance forward of a tower": (
         lambda: with_instance_forward(build("vit"), ""),
