@@ -470,11 +470,6 @@ def patch(model: Any, config: GTPConfig) -> Any:
             )
     _check_tower(tower, layers)
     _check_options(tower, config, len(layers))
-    if config.selection in checks.MAP_STANDARDS:
-        warnings.warn(
-            f"selection = {config.selection!r} needs the N x N attention map: it runs without the fused attention",
-            stacklevel=3,
-        )
     for module in (model, tower):
         module.gtp = config
     for module in _parts(tower, layers):

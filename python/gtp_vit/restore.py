@@ -5,8 +5,9 @@ Block by block, the last one first, the rows that left a block are filled from w
     GraphProp   the weighted mean Σ_i Â_ij x_i / Σ_i Â_ij of the kept neighbours i that row j went to (Equation 10);
                 α cancels, because every row of it is divided by the same
     Mean        the row that carries their mean
+    LiveGraph   the row that it was merged into
     None        the kept row that is nearest on the grid (of equal distances the lower index); also a row of GraphProp
-                none of whose neighbours stayed
+                none of whose neighbours stayed, and one of LiveGraph that was dropped
 
 A row that stayed is given back as it is. All of it is linear in x and carries gradients to it.
 """
@@ -70,6 +71,9 @@ def _restore(x: Tensor, recorder: Recorder, after: int | None) -> Tensor:
             filled = x[:, -1:].expand(-1, prop.shape[1], -1)
         else:
             filled = _nearest(stayed, step.kept_tokens, step.prop_tokens, recorder.grid_size[1])
+            if step.target is not None:
+                into = step.target.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+                filled = torch.where(into < 0, filled, stayed.gather(1, into.clamp(min=0)))
             if dense is not None:
                 filled = _through(stayed, dense, step.kept_tokens, step.prop_tokens, filled)
         rows = torch.cat((kept, prop), 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])

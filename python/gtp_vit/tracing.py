@@ -47,16 +47,20 @@ class _Entry(NamedTuple):
     index_kept: Tensor
     index_prop: Tensor
     importance: Tensor | None
+    target: Tensor | None = None
+    share: Tensor | None = None
 
 
 class Step(NamedTuple):
-    """A block in which image rows left: their rows and the original tokens behind them, prefix not counted."""
+    """A block in which image rows left: their rows and the original tokens behind them, prefix not counted; with live
+    edges also the place of the row that each was merged into (−1: dropped)."""
 
     block: int
     kept: Tensor
     prop: Tensor
     kept_tokens: Tensor
     prop_tokens: Tensor
+    target: Tensor | None
 
 
 class Recorder:
@@ -82,9 +86,18 @@ class Recorder:
         self.entries: dict[int, _Entry] = {}
         self.token_scales: dict[int, Tensor | None] = {}
 
-    def add(self, block: int, index_kept: Tensor, index_prop: Tensor, importance: Tensor | None) -> None:
-        """The tokens of ``block`` that stay and leave."""
-        self.entries[block] = _Entry(index_kept, index_prop, None if importance is None else importance.detach())
+    def add(
+        self,
+        block: int,
+        index_kept: Tensor,
+        index_prop: Tensor,
+        importance: Tensor | None,
+        target: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """The tokens of ``block`` that stay and leave; with live edges where they go, and with which share."""
+        importance = None if importance is None else importance.detach()
+        self.entries[block] = _Entry(index_kept, index_prop, importance, target, share)
 
     def finish(self, block: int, token_scales: Tensor | None) -> None:
         """The token scales after ``block``."""
@@ -99,8 +112,9 @@ class Recorder:
         """The blocks in which tokens left, in order; −1 is the token of a row that ``Mean`` made."""
         steps, token = [], self.first_tokens()
         for block in sorted(self.entries):
-            kept, prop = (index - self.num_prefix for index in self.entries[block][:2])
-            steps.append(Step(block, kept, prop, token.gather(1, kept), token.gather(1, prop)))
+            entry = self.entries[block]
+            kept, prop = entry.index_kept - self.num_prefix, entry.index_prop - self.num_prefix
+            steps.append(Step(block, kept, prop, token.gather(1, kept), token.gather(1, prop), entry.target))
             token = steps[-1].kept_tokens
             if self.config.propagation == "Mean":
                 token = torch.cat((token, token.new_full((self.batch, 1), -1)), 1)
@@ -170,7 +184,7 @@ class Trace:
     def lineage(self) -> Tensor:
         """How much of each original patch every final image row carries: float32 [B, final image rows, n].
 
-        The propagation of every block (x_i += α Σ_j Â_ij x_j; ``Mean`` and ``None`` alike) is linear in x, so it is
+        The propagation of every block (x_i += α Σ_j Â_ij x_j; the others alike) is linear in x, so it is
         applied to the n × n identity: row i of the result holds the weights with which the n patches entered row i.
         """
         recorder = self._recorded()
@@ -179,6 +193,10 @@ class Trace:
         x = torch.eye(height * width, device=recorder.device).repeat(recorder.batch, 1, 1)
         for block in sorted(recorder.entries):
             entry = recorder.entries[block]
+            if entry.target is not None and entry.share is not None:  # live edges
+                kept, prop = entry.index_kept - recorder.num_prefix, entry.index_prop - recorder.num_prefix
+                x = _merged(x, kept, prop, entry.target, entry.share)
+                continue
             x, after, _ = gtp_kernels.propagate(
                 x,
                 weight,
@@ -190,6 +208,15 @@ class Trace:
             )
             weight = after if isinstance(after, TokenGraph) else None
         return x
+
+
+def _merged(x: Tensor, kept: Tensor, prop: Tensor, target: Tensor, share: Tensor) -> Tensor:
+    """Image rows x [B, n, C] after a block of live edges: the weighted sums of the rows that became one."""
+    place = torch.full(share.shape, -1, device=x.device).scatter(1, prop, target)
+    place = place.scatter(1, kept, torch.arange(kept.shape[1], device=x.device).expand_as(kept))
+    rows = (place % (kept.shape[1] + 1)).unsqueeze(2).expand_as(x)  # what was dropped goes to one row more
+    total = x.new_zeros(x.shape[0], kept.shape[1] + 1, x.shape[2])
+    return total.scatter_add_(1, rows, x * share.unsqueeze(2).to(x.dtype))[:, :-1]
 
 
 _ACTIVE: ContextVar[tuple[tuple[nn.Module, Trace], ...]] = ContextVar("gtp_vit_traces", default=())

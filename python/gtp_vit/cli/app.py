@@ -11,6 +11,8 @@ import gtp_kernels
 # Name -> where the click command is.
 COMMANDS = {
     "demo": "gtp_vit.cli.demo:demo",
+    "eval": "gtp_vit.cli.eval:evaluate_command",
+    "finetune": "gtp_vit.cli.finetune:finetune",
 }
 
 
