@@ -317,9 +317,11 @@ def test_float32_agrees_with_the_definition(backend, key):
     assert_same(result, expected, 1e-4)
 
 
-def test_the_same_as_the_patched_model_of_timm(backend):
+@pytest.mark.parametrize("propagation", ["GraphProp", "LiveGraph"])
+def test_the_same_as_the_patched_model_of_timm(backend, propagation):
     """One set of weights in both libraries; timm keeps q, k and v in one layer."""
     timm = pytest.importorskip("timm")
+    options = OPTIONS | dict(propagation=propagation)
     model = build("vit classifier")
     other = timm.models.vision_transformer.VisionTransformer(
         img_size=64, patch_size=16, embed_dim=48, depth=3, num_heads=3, mlp_ratio=80 / 48, num_classes=10
@@ -352,9 +354,9 @@ def test_the_same_as_the_patched_model_of_timm(backend):
     x = images(model)
     with torch.no_grad():
         assert_same(other(x), model(x).logits, 1e-10)
-        expected = gtp_vit.patch(other, **OPTIONS)(x)
+        expected = gtp_vit.patch(other, **options)(x)
         assert gtp_vit.gmacs(model, x) == gtp_vit.gmacs(gtp_vit.unpatch(other), x)
-        assert gtp_vit.gmacs(gtp_vit.patch(model, **OPTIONS), x) == gtp_vit.gmacs(gtp_vit.patch(other, **OPTIONS), x)
+        assert gtp_vit.gmacs(gtp_vit.patch(model, **options), x) == gtp_vit.gmacs(gtp_vit.patch(other, **options), x)
         assert_same(model(x).logits, expected, 1e-10)
         assert_same(model.vit(x).last_hidden_state, other.forward_features(x), 1e-10)
 

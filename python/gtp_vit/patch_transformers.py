@@ -19,7 +19,6 @@ the forward do not reach it in every tower (SigLIP's attention passes none on). 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,7 +35,6 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 from transformers.utils.output_capturing import capture_outputs
 
-from gtp_kernels import checks
 from gtp_vit.block import (
     LayerOptions,
     Norm,
