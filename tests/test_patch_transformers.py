@@ -317,9 +317,11 @@ def test_float32_agrees_with_the_definition(backend, key):
     assert_same(result, expected, 1e-4)
 
 
-def test_the_same_as_the_patched_model_of_timm(backend):
+@pytest.mark.parametrize("propagation", ["GraphProp", "LiveGraph"])
+def test_the_same_as_the_patched_model_of_timm(backend, propagation):
     """One set of weights in both libraries; timm keeps q, k and v in one layer."""
     timm = pytest.importorskip("timm")
+    options = OPTIONS | dict(propagation=propagation)
     model = build("vit classifier")
     other = timm.models.vision_transformer.VisionTransformer(
         img_size=64, patch_size=16, embed_dim=48, depth=3, num_heads=3, mlp_ratio=80 / 48, num_classes=10
@@ -352,9 +354,9 @@ def test_the_same_as_the_patched_model_of_timm(backend):
     x = images(model)
     with torch.no_grad():
         assert_same(other(x), model(x).logits, 1e-10)
-        expected = gtp_vit.patch(other, **OPTIONS)(x)
+        expected = gtp_vit.patch(other, **options)(x)
         assert gtp_vit.gmacs(model, x) == gtp_vit.gmacs(gtp_vit.unpatch(other), x)
-        assert gtp_vit.gmacs(gtp_vit.patch(model, **OPTIONS), x) == gtp_vit.gmacs(gtp_vit.patch(other, **OPTIONS), x)
+        assert gtp_vit.gmacs(gtp_vit.patch(model, **options), x) == gtp_vit.gmacs(gtp_vit.patch(other, **options), x)
         assert_same(model(x).logits, expected, 1e-10)
         assert_same(model.vit(x).last_hidden_state, other.forward_features(x), 1e-10)
 
@@ -400,6 +402,16 @@ def test_masked_patches(backend, key):
         gtp_vit.patch(model, **OPTIONS)
         assert_same(model(x, bool_masked_pos=masked).last_hidden_state, expected)
         assert (model(x).last_hidden_state - expected).abs().max() > 1e-3
+
+
+def test_siglip_without_its_head(backend):
+    model = build("siglip", vision_use_head=False)
+    x, config = images(model), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected, _ = plain_tokens(model, 0, x, config)
+        output = gtp_vit.patch(model, **OPTIONS)(x)
+    assert output.pooler_output is None
+    assert_same(output.last_hidden_state, expected)
 
 
 def test_empty_batch(backend):
@@ -1015,6 +1027,17 @@ class OwnLayer(nn.Module):
         self.attention = layer
 
 
+class OwnEncoder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.layers = encoder.layers
+
+
+def with_attribute(model, path):
+    model.get_submodule(path).gtp = 3
+    return model
+
+
 def with_instance_forward(model, path):
     module = model.get_submodule(path)
     module.forward = module.forward
@@ -1078,6 +1101,24 @@ REFUSED = {
         {},
         TypeError,
         "layer 2 of CLIPVisionModel has Identity; supported attentions are ViTAttention",
+    ),
+    "another encoder": (
+        lambda: replaced("siglip", "encoder", OwnEncoder),
+        {},
+        TypeError,
+        "SiglipVisionModel has an encoder of class OwnEncoder",
+    ),
+    "an attribute gtp": (
+        lambda: with_attribute(build("vit classifier"), "vit"),
+        {},
+        ValueError,
+        r"ViTModel has an attribute gtp \(int\)",
+    ),
+    "an attribute gtp around the tower": (
+        lambda: with_attribute(build("vit classifier"), ""),
+        {},
+        ValueError,
+        r"ViTForImageClassification has an attribute gtp \(int\)",
     ),
     "instance forward of a tower": (
         lambda: with_instance_forward(build("vit"), ""),
