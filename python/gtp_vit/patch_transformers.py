@@ -175,6 +175,11 @@ class GTPTower(nn.Module):
         """False, as of the class that was patched: save_pretrained gives checkpoints the keys of the hub by it."""
         return False
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads this off the source of a class's module; layers that GTP leaves alone use its interface.
+        return True
+
     def gtp_tokens(self: Any, x: Tensor, pixel_values: Tensor, output_hidden_states: Any) -> Tokens:
         """Runs the layers on the embedded tokens x [B, R+n, C] of pixel_values [B, 3, H, W].
 
