@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import gtp_vit
-from gtp_vit import GTPConfig, flops
+from gtp_vit import GTPConfig, flops, lvvit
 
 PATH = Path(__file__).resolve().parent / "results" / "gmacs.json"
 
@@ -57,6 +57,10 @@ ROWS = (
         (4.6, 4.5, 4.3, 4.2, 4.0, 3.9, 3.7, 3.6, 3.4, 3.3, 3.2, 3.0, 2.9, 2.7, 2.6)),
     Row("DeiT-B", "Table 1", partial(_timm, "deit_base_patch16_224"), 224,
         (17.6, 17.0, 16.5, 15.9, 15.4, 14.8, 14.2, 13.7, 13.1, 12.6, 12.1, 11.6, 11.0, 10.4, 9.8)),
+    Row("LV-ViT-S", "Table 1", lvvit.lvvit_s, 224,
+        (6.6, 6.4, 6.1, 5.9, 5.7, 5.4, 5.2, 5.0, 4.8, 4.6, 4.4, 4.1, 3.9)),
+    Row("LV-ViT-M", "Table 1", lvvit.lvvit_m, 224,
+        (12.7, 12.1, 11.5, 10.9, 10.3, 9.7, 9.1, 8.5, 8.0, 7.4)),
     Row("ViT-Medium-GAP", "Table 7", partial(_timm, "vit_medium_patch16_gap_256"), 256,
         (10.6, 10.4, 10.1, 9.9, 9.6, 9.3, 9.0, 8.8, 8.5, 8.3, 8.0, 7.8, 7.5, 7.2, 7.0)),
 )

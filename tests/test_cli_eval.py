@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import gtp_vit
+import gtp_vit.lvvit
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -82,6 +83,33 @@ def test_counts_are_those_of_the_model(folder: Path, weights: Path, tmp_path: Pa
     assert report["images_per_second"] > 0
     assert report["images_per_second_end_to_end"] > 0
     assert report["settings"]["patch"]["num_prop"] == 3
+
+
+def test_lvvit_with_the_keys_of_its_authors(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint's classes decide both heads; live edges come through the command, too."""
+    kwargs = dict(embed_dim=32, depth=2, num_heads=2, img_size=32)
+    torch.manual_seed(0)
+    model = gtp_vit.lvvit.lvvit_s(num_classes=3, **kwargs).eval()
+    for head in (model.head, model.aux_head):
+        torch.nn.init.normal_(head.weight)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "lvvit.pth")
+    arguments = ["--img-size", 32, *(f"--model-kwargs={key}={kwargs[key]}" for key in kwargs if key != "img_size")]
+    options = [
+        "--weights",
+        tmp_path / "lvvit.pth",
+        "--num-prop",
+        1,
+        "--num-neighbours",
+        2,
+        "--propagation",
+        "LiveGraph",
+    ]
+    output = tmp_path / "lvvit.json"
+    ok("eval", "--data", folder, "--model", "lvvit_s", *arguments, *options, "--workers", 0, "--json", output)
+    gtp_vit.patch(model, num_prop=1, num_neighbours=2, propagation="LiveGraph")
+    _, images, labels = by_hand(model, folder)
+    with torch.no_grad():
+        assert report_of(output)["top1_count"] == int((model(images).argmax(1) == labels).sum())
 
 
 def test_top5_of_many_classes(tmp_path: Path) -> None:

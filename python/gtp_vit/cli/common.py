@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +88,7 @@ _PATCH_OPTIONS = (
         "--token-scale/--no-token-scale", default=True, show_default=True, help="Count what a token stands for."
     ),
     click.option("--semantics", type=click.Choice(checks.SEMANTICS), default="official", show_default=True),
+    click.option("--gamma", type=float, default=0.25, show_default=True, help="γ of LiveGraph."),
 )
 PATCH_OPTIONS = (
     "num_prop",
@@ -98,9 +100,10 @@ PATCH_OPTIONS = (
     "num_neighbours",
     "token_scale",
     "semantics",
+    "gamma",
 )
 _MODEL_OPTIONS = (
-    click.option("--model", "name", required=True, help="A Vision Transformer of timm."),
+    click.option("--model", "name", required=True, help="A Vision Transformer of timm, lvvit_s or lvvit_m."),
     click.option(
         "--weights",
         "source",
@@ -152,7 +155,7 @@ def _with(command: Command, options: tuple[Callable[[Command], Command], ...]) -
 
 
 def check_model_name(name: str) -> None:
-    """`name` is a model of timm.
+    """`name` is a model of timm, or of :mod:`gtp_vit.lvvit`.
 
     Raises:
         click.BadParameter: it is not; the message names those that are close to it.
@@ -162,14 +165,16 @@ def check_model_name(name: str) -> None:
         import timm
     except ImportError as error:
         raise ImportError(f'timm does not import ({error}): pip install "gtp-kernels[timm]"') from error
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    from gtp_vit import lvvit
+
+    if not timm.is_model(name) and name not in lvvit.MODELS:
+        close = difflib.get_close_matches(name, [*timm.list_models(), *lvvit.MODELS], n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise click.BadParameter(f"timm {timm.__version__} has no model {name!r}{hint}", param_hint="--model")
 
 
 def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-    """A model of timm.
+    """A model of timm, or an LV-ViT, whose weights come from a file only.
 
     Raises:
         click.UsageError: `options` are not those of this model.
@@ -177,8 +182,13 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Modu
     """
     import timm
 
+    from gtp_vit import lvvit
+
+    if name in lvvit.MODELS and pretrained:
+        raise click.UsageError(f"timm has no weights of {name}: download the authors' checkpoint and give --weights")
+    build = lvvit.MODELS.get(name) or partial(timm.create_model, name, pretrained=pretrained)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = build(**options)
     except Exception as error:
         # Downloads fail in many classes of huggingface_hub, httpx and the standard library.
         if pretrained:
@@ -236,6 +246,10 @@ def _classifier_weights(name: str) -> list[str]:
     """The keys of a model's classifiers in its state dict."""
     import timm
 
+    from gtp_vit import lvvit
+
+    if name in lvvit.MODELS:
+        return ["head.weight", "aux_head.weight"]
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifiers = getattr(config, "classifier", None) or ()
     return [f"{key}.weight" for key in ((classifiers,) if isinstance(classifiers, str) else classifiers)]
