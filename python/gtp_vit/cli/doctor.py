@@ -365,7 +365,7 @@ def _report(about: str, setting: Setting, found: Sequence[Measured], options: di
 
 
 def _table(found: Sequence[Measured]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     headings = ("", "P", "tokens", "before, ms", "patched", "speed", "quartiles", "sliced", "GMACs")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
