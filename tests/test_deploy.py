@@ -220,29 +220,6 @@ def test_workers(model: Any, method: str) -> None:
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
-def _serve(model: nn.Module, x: Tensor, results: Any) -> None:
-    with torch.inference_mode():
-        results.put(model(x).numpy())
-
-
-def test_a_forked_process_with_several_threads_of_its_own(model: Any) -> None:
-    """No set_num_threads(1) saves it, as a worker of a loader does: the thread pool must not be the parent's."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system does not fork")
-    x = images(model, batch=4)
-    with torch.inference_mode():
-        expected = model(x)
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    process = context.Process(target=_serve, args=(model, x, results), daemon=True)
-    process.start()
-    try:
-        assert torch.equal(torch.from_numpy(results.get(timeout=60)), expected)
-    finally:
-        process.kill()
-        process.join()
-
-
 # Devices without a backend
 
 
