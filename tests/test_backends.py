@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -548,6 +549,69 @@ def test_info_of_an_accelerator_without_a_backend(monkeypatch: pytest.MonkeyPatc
     assert "xpu          xpu, 2 of them" in printed
     assert "attention    xpu     cpu        it takes CPU tensors; these are on xpu" in printed
     assert "attention    xpu     reference  yes" in printed
+
+
+@pytest.fixture
+def package_without_library(tmp_path: Path) -> Path:
+    """A folder to put on the path, with the package as a wheel without native files has it."""
+    source = Path(gtp_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "gtp_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def info_of(folder: Path, *, runs: str = "from gtp_kernels import info; info.main([])") -> str:
+    """What a process prints that imports the package from this folder."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {runs}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")},
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+FORCED = """
+import torch, gtp_kernels
+q = torch.randn(1, 1, 4, 8)
+with gtp_kernels.use_backend("cpu"):
+    gtp_kernels.attention_with_scores(q, q, q)
+"""
+
+
+def test_a_wheel_without_its_native_library_says_what_is_missing_and_how_to_get_it(
+    package_without_library: Path,
+) -> None:
+    printed = info_of(package_without_library)
+    assert f"in {package_without_library}" in printed
+    assert "missing: libgtp_kernels.so was not built; install a C++17 compiler" in printed
+    assert "attention    cpu     reference" in printed.partition("runs")[0]
+    forced = info_of(package_without_library, runs=f"exec({FORCED!r})")
+    assert "the forced backend 'cpu' cannot run attention" in forced
+    assert "cpu: libgtp_kernels.so was not built; install a C++17 compiler" in forced
+
+
+def test_a_library_of_another_torch_says_what_was_found_and_what_is_needed(package_without_library: Path) -> None:
+    """One that needs a symbol that this torch lacks, and one that is no library at all."""
+    library = package_without_library / "gtp_kernels" / "libgtp_kernels.so"
+    library.write_bytes(b"not a library")
+    printed = info_of(package_without_library)
+    assert f"libgtp_kernels.so does not load with torch {torch.__version__} (it needs torch 2.11 or later)" in printed
+    assert "GTP_NATIVE=1 pip install" in printed
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler for a library with a missing symbol")
+    source = package_without_library / "other.cpp"
+    source.write_text("void made_by_another_torch(); namespace { struct S { S() { made_by_another_torch(); } } s; }")
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-z,now", "-o", str(library), str(source)], check=True)
+    printed = info_of(package_without_library)
+    assert "does not load with torch" in printed
+    assert "made_by_another_torch" in printed
+    forced = info_of(package_without_library, runs=f"exec({FORCED!r})")
+    assert "the forced backend 'cpu' cannot run attention" in forced
+    assert "undefined symbol" in forced
 
 
 def test_the_public_names_are_a_promise() -> None:
