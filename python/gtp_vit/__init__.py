@@ -20,6 +20,7 @@ from torch import nn
 from gtp_kernels import checks
 from gtp_vit.config import GTPConfig
 from gtp_vit.flops import gmacs, register_formulas
+from gtp_vit.graphs import Graphed, graphed
 from gtp_vit.restore import restore_grid
 from gtp_vit.schedule import schedule
 from gtp_vit.tracing import LayerRecord, Trace, trace
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GTPConfig",
+    "Graphed",
     "LayerRecord",
     "Trace",
     "gmacs",
+    "graphed",
     "patch",
     "restore_grid",
     "schedule",

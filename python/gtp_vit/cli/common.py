@@ -138,6 +138,11 @@ def patch_options(command: Command) -> Command:
     return _with(command, _PATCH_OPTIONS)
 
 
+def patch_options_but_num_prop(command: Command) -> Command:
+    """Those of :func:`patch_options`, for a command with a ``--num-prop`` of its own."""
+    return _with(command, _PATCH_OPTIONS[1:])
+
+
 def model_options(command: Command) -> Command:
     """The model, its weights, and how it is patched."""
     return _with(_with(command, _PATCH_OPTIONS), _MODEL_OPTIONS)
