@@ -1,5 +1,6 @@
 """Live edges: the walk on cases made by hand, every backend against the definition, and a patched model."""
 
+import contextlib
 import math
 
 import pytest
@@ -73,6 +74,23 @@ def test_graph_has_both_directions_once(backend, graph_type, grid):
             assert columns == edges[image, row].nonzero().flatten().tolist()
 
 
+@KERNELS
+def test_small_tiles(backend):
+    """Many blocks of rows, of edges, of targets and of channels, as large grids have them."""
+    configs = pytest.importorskip("gtp_kernels.triton.configs")
+    with contextlib.ExitStack() as stack:
+        for choice, tile in {
+            "live_keys": dict(elements=32, num_warps=1),
+            "live_edges": dict(elements=32, num_warps=1),
+            "live_scores": dict(rows=4, num_warps=1),
+            "live_walk": dict(edges=2, rows=4, num_warps=1),
+            "live_merge": dict(leaving=2, channels=16, num_warps=1),
+            "long_row": dict(channels=16, num_warps=1),
+        }.items():
+            stack.enter_context(configs.override(choice, tile))
+        blocks_against_the_definition("Spatial", 1, 1, (3, 4), 20, 5, (5,))
+
+
 def assert_same_selection(found, expected):
     for name in ("index_kept", "index_prop", "target"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -81,23 +99,30 @@ def assert_same_selection(found, expected):
     torch.testing.assert_close(found.sizes, expected.sizes, rtol=1e-6, atol=0)
 
 
-@KERNELS
-@pytest.mark.parametrize("graph_type", ["Spatial", "Semantic", "Mixed"])
+SHAPES = [
+    # B, H, grid, d, R, P of one block after the other
+    (2, 3, (4, 5), 16, 1, (3, 3, 3)),
+    (1, 2, (14, 14), 64, 1, (8, 20, 90, 77)),
+    (3, 1, (6, 6), 17, 0, (20, 10, 5)),
+    (2, 2, (3, 3), 1, 5, (0, 8)),
+    (1, 4, (2, 9), 80, 2, (9, 8)),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "grid", "d", "prefix", "props"),
+    ("graph_type", "batch", "heads", "grid", "d", "prefix", "props"),
     [
-        (2, 3, (4, 5), 16, 1, (3, 3, 3)),
-        (1, 2, (14, 14), 64, 1, (8, 20, 90, 77)),
-        (3, 1, (6, 6), 17, 0, (20, 10, 5)),
-        (2, 2, (3, 3), 1, 5, (0, 8)),
-        (1, 1, (1, 1), 8, 1, (0,)),
-        (1, 4, (2, 9), 80, 2, (9, 8)),
+        *((kind, *shape) for kind in ("Spatial", "Semantic", "Mixed") for shape in SHAPES),
+        ("Spatial", 1, 1, (1, 1), 8, 1, (0,)),
     ],
 )
+@KERNELS
 def test_against_the_definition(backend, graph_type, batch, heads, grid, d, prefix, props):
     """Block after block, down to one token, in float64: no two scores are so close that rounding could swap them."""
-    if graph_type != "Spatial" and grid == (1, 1):
-        pytest.skip("a semantic graph of one token has no neighbours to look for")
+    blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, props)
+
+
+def blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, props):
     x, k, importance, graph = case(batch, heads, grid, d, 24, prefix, graph_type)
     live = gtp_kernels.live_graph(graph)
     sizes = torch.ones(x.shape[:2])
@@ -118,8 +143,8 @@ def test_against_the_definition(backend, graph_type, batch, heads, grid, d, pref
         assert torch.all(sizes[:, prefix:].sum(1) <= grid[0] * grid[1] + 1e-4)
 
 
-@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@KERNELS
 def test_types_and_strides(backend, dtype):
     """Keys of a qkv projection, in every type: as the same keys in float64 and contiguous."""
     x, k, importance, graph = case(2, 3, (8, 8), 32, 24, 1)
@@ -149,8 +174,8 @@ def test_exact_ties(backend):
     assert found.target.tolist() == [[8, 9, 10]]  # 15 -> 10, 14 -> 9, 13 -> 8
 
 
-@KERNELS
 @pytest.mark.parametrize("what", ["keys", "one key", "importance", "infinite importance", "infinite key", "zero key"])
+@KERNELS
 def test_what_is_no_number(backend, what):
     _, k, importance, graph = case(2, 2, (5, 5), 8, 16, 1)
     if what == "keys":
@@ -241,29 +266,23 @@ def test_operators(backend):
     torch.library.opcheck(ops.live_merge, (x, branch, None, *found[:4], None, None, 1e-6, "layer", 1))
 
 
-LIES = [
-    (lambda live: LiveGraph(live.indptr, live.indices + 100, live.rep), "columns in"),
-    (lambda live: LiveGraph(live.indptr.flip(1), live.indices, live.rep), "each row must be a range"),
-    (lambda live: LiveGraph(live.indptr, live.indices, live.rep + 1), "rep must"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "message"), LIES)
-def test_a_graph_that_lies(cpu_backend, spoil, message):
-    _, k, importance, graph = case(1, 2, (3, 3), 8, 6, 1)
-    live = spoil(gtp_kernels.live_graph(graph))
-    with pytest.raises(RuntimeError, match=message):
-        gtp_kernels.live_select(k, importance, live, 2, torch.ones(1, 10))
-
-
 @pytest.mark.parametrize(
-    "backend", [name for name in backend_params() if name not in ("reference", "cpu")], indirect=True
+    ("spoil", "message"),
+    [
+        (lambda live: LiveGraph(live.indptr, live.indices + 100, live.rep), "columns in"),
+        (lambda live: LiveGraph(live.indptr.flip(1), live.indices, live.rep), "each row must be a range"),
+        (lambda live: LiveGraph(live.indptr, live.indices, live.rep + 1), "rep must"),
+    ],
 )
-@pytest.mark.parametrize("spoil", [spoil for spoil, _ in LIES])
-def test_a_lie_reaches_no_memory_of_others(backend, spoil):
-    """A GPU does not look before it runs: what is out of range is no edge and no row, and the results are in range."""
+@KERNELS
+def test_a_graph_that_lies(backend, spoil, message):
+    """A GPU does not look before it runs: there, what is out of range is no edge and no row."""
     _, k, importance, graph = case(2, 2, (3, 3), 8, 6, 1)
     live = spoil(gtp_kernels.live_graph(graph))
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=message):
+            gtp_kernels.live_select(k, importance, live, 4, torch.ones(2, 10))
+        return
     found = gtp_kernels.live_select(k, importance, live, 4, torch.ones(2, 10))
     rows = torch.cat((found.index_kept, found.index_prop), 1).sort(1).values
     assert rows.tolist() == [list(range(1, 10))] * 2
@@ -378,6 +397,7 @@ def test_gradients_of_a_model(backend, key):
     torch.testing.assert_close(found, x.grad, rtol=1e-5, atol=1e-6)
 
 
+@KERNELS
 def test_compiles_without_a_break(backend):
     model = gtp_vit.patch(build(), **LIVE)
     x = images(model)
