@@ -83,7 +83,8 @@ test: build  ## the test suite
 	@$(ONE_THREAD) $(PYTEST) -m 'not serial' -n $(WORKERS) --dist worksteal --durations=10 --durations-min=5 $(ARGS)
 
 # The same tests as above, on the Triton kernels; tests/skips.py says what is left out, and why.
-INTERPRETED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py patch_timm.py)
+INTERPRETED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py live.py \
+  patch_timm.py)
 
 test-triton: build  ## the tests of the ops and of a patched model on the Triton kernels, in the interpreter
 	@echo "-- Triton kernels in the interpreter: $(INTERPRETED)"

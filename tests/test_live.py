@@ -1,24 +1,22 @@
 """Live edges: the walk on cases made by hand, every backend against the definition, and a patched model."""
 
+import contextlib
 import math
 
 import pytest
 import torch
+from conftest import backend_params
 from test_patch_timm import MODELS, OPTIONS, build, images, plain_attention
 
 import gtp_kernels
 import gtp_vit
-from gtp_kernels import LiveGraph, TokenGraph, reference
+from gtp_kernels import LiveGraph, TokenGraph, backends, reference
+from gtp_kernels.ops import _library
 from gtp_kernels.reference import live as definition
 
 DROPPED, STAYS = definition.DROPPED, definition.STAYS
-BACKENDS = ["reference", "cpu"]
-
-
-@pytest.fixture(params=BACKENDS)
-def live_backend(request):
-    with gtp_kernels.use_backend(request.param):
-        yield request.param
+# A test against the definition itself would find nothing in it.
+KERNELS = pytest.mark.parametrize("backend", [name for name in backend_params() if name != "reference"], indirect=True)
 
 
 def near(n, edges):
@@ -63,7 +61,7 @@ def case(batch, heads, grid, d, channels, prefix, graph_type="Mixed", seed=0, dt
 
 @pytest.mark.parametrize("graph_type", ["Spatial", "Semantic", "Mixed"])
 @pytest.mark.parametrize("grid", [(1, 2), (3, 4), (7, 5)])
-def test_graph_has_both_directions_once(live_backend, graph_type, grid):
+def test_graph_has_both_directions_once(backend, graph_type, grid):
     graph = case(2, 1, grid, 4, 8, 1, graph_type)[3]
     live = gtp_kernels.live_graph(graph)
     dense = graph.to_dense() != 0
@@ -76,6 +74,23 @@ def test_graph_has_both_directions_once(live_backend, graph_type, grid):
             assert columns == edges[image, row].nonzero().flatten().tolist()
 
 
+@KERNELS
+def test_small_tiles(backend):
+    """Many blocks of rows, of edges, of targets and of channels, as large grids have them."""
+    configs = pytest.importorskip("gtp_kernels.triton.configs")
+    with contextlib.ExitStack() as stack:
+        for choice, tile in {
+            "live_keys": dict(elements=32, num_warps=1),
+            "live_edges": dict(elements=32, num_warps=1),
+            "live_scores": dict(rows=4, num_warps=1),
+            "live_walk": dict(edges=2, rows=4, num_warps=1),
+            "live_merge": dict(leaving=2, channels=16, num_warps=1),
+            "long_row": dict(channels=16, num_warps=1),
+        }.items():
+            stack.enter_context(configs.override(choice, tile))
+        blocks_against_the_definition("Spatial", 1, 1, (3, 4), 20, 5, (5,))
+
+
 def assert_same_selection(found, expected):
     for name in ("index_kept", "index_prop", "target"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -84,38 +99,43 @@ def assert_same_selection(found, expected):
     torch.testing.assert_close(found.sizes, expected.sizes, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("graph_type", ["Spatial", "Semantic", "Mixed"])
+SHAPES = [
+    # B, H, grid, d, R, P of one block after the other
+    (2, 3, (4, 5), 16, 1, (3, 3, 3)),
+    (1, 2, (14, 14), 64, 1, (8, 20, 90, 77)),
+    (3, 1, (6, 6), 17, 0, (20, 10, 5)),
+    (2, 2, (3, 3), 1, 5, (0, 8)),
+    (1, 4, (2, 9), 80, 2, (9, 8)),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "grid", "d", "prefix", "props"),
+    ("graph_type", "batch", "heads", "grid", "d", "prefix", "props"),
     [
-        (2, 3, (4, 5), 16, 1, (3, 3, 3)),
-        (1, 2, (14, 14), 64, 1, (8, 20, 90, 77)),
-        (3, 1, (6, 6), 17, 0, (20, 10, 5)),
-        (2, 2, (3, 3), 1, 5, (0, 8)),
-        (1, 1, (1, 1), 8, 1, (0,)),
-        (1, 4, (2, 9), 80, 2, (9, 8)),
+        *((kind, *shape) for kind in ("Spatial", "Semantic", "Mixed") for shape in SHAPES),
+        ("Spatial", 1, 1, (1, 1), 8, 1, (0,)),
     ],
 )
-def test_cpu_against_the_definition(graph_type, batch, heads, grid, d, prefix, props):
+@KERNELS
+def test_against_the_definition(backend, graph_type, batch, heads, grid, d, prefix, props):
     """Block after block, down to one token, in float64: no two scores are so close that rounding could swap them."""
-    if graph_type != "Spatial" and grid == (1, 1):
-        pytest.skip("a semantic graph of one token has no neighbours to look for")
+    blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, props)
+
+
+def blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, props):
     x, k, importance, graph = case(batch, heads, grid, d, 24, prefix, graph_type)
-    with gtp_kernels.use_backend("cpu"):
-        live = gtp_kernels.live_graph(graph)
+    live = gtp_kernels.live_graph(graph)
     sizes = torch.ones(x.shape[:2])
     for num_prop in props:
         n = importance.shape[1]
-        with gtp_kernels.use_backend("cpu"):
-            found = gtp_kernels.live_select(k, importance, live, num_prop, sizes, num_prefix=prefix)
+        found = gtp_kernels.live_select(k, importance, live, num_prop, sizes, num_prefix=prefix)
         expected = reference.live_select(k, importance, live, num_prop, sizes, num_prefix=prefix)
         assert_same_selection(found, expected)
         branch, weight = torch.randn_like(x), torch.randn(24, dtype=x.dtype)
         options = dict(layer_scale=weight, norm_weight=weight, norm_bias=weight, num_prefix=prefix)
         for norm in ("layer", "rms", "none"):
             options["norm_bias"] = None if norm == "rms" else weight
-            with gtp_kernels.use_backend("cpu"):
-                merged = gtp_kernels.live_merge(x, branch, found, norm=norm, **options)
+            merged = gtp_kernels.live_merge(x, branch, found, norm=norm, **options)
             torch.testing.assert_close(merged, reference.live_merge(x, branch, found, norm=norm, **options))
         x = merged[0]
         k = k[:, :, : prefix + n - num_prop] * 1.1 + 0.1 * torch.randn(batch, heads, 1, d, dtype=k.dtype)
@@ -124,27 +144,26 @@ def test_cpu_against_the_definition(graph_type, batch, heads, grid, d, prefix, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_types_and_strides(dtype):
+@KERNELS
+def test_types_and_strides(backend, dtype):
     """Keys of a qkv projection, in every type: as the same keys in float64 and contiguous."""
     x, k, importance, graph = case(2, 3, (8, 8), 32, 24, 1)
     qkv = torch.stack((k, k, k)).permute(1, 3, 0, 2, 4).contiguous().to(dtype)
     strided = qkv.permute(2, 0, 3, 1, 4)[1]
     sizes = torch.ones(2, 65)
     live = gtp_kernels.live_graph(graph)
-    with gtp_kernels.use_backend("cpu"):
-        found = gtp_kernels.live_select(strided, importance.float(), live, 9, sizes)
+    found = gtp_kernels.live_select(strided, importance.float(), live, 9, sizes)
     expected = reference.live_select(strided.double(), importance.float().double(), live, 9, sizes)
     assert_same_selection(found, expected)
     branch = torch.randn_like(x).to(dtype)
-    with gtp_kernels.use_backend("cpu"):
-        out, normed = gtp_kernels.live_merge(x.to(dtype), branch, found)
+    out, normed = gtp_kernels.live_merge(x.to(dtype), branch, found)
     expected_out, expected_normed = reference.live_merge(x.to(dtype), branch, found)
     assert out.dtype == normed.dtype == dtype
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(normed, expected_normed)
 
 
-def test_exact_ties(live_backend):
+def test_exact_ties(backend):
     """All keys and importances equal: every score is equal, so the highest indices leave, into the lowest neighbour."""
     graph = case(1, 1, (4, 4), 4, 8, 0, "Spatial")[3]
     live = gtp_kernels.live_graph(graph)
@@ -156,7 +175,8 @@ def test_exact_ties(live_backend):
 
 
 @pytest.mark.parametrize("what", ["keys", "one key", "importance", "infinite importance", "infinite key", "zero key"])
-def test_what_is_no_number(what):
+@KERNELS
+def test_what_is_no_number(backend, what):
     _, k, importance, graph = case(2, 2, (5, 5), 8, 16, 1)
     if what == "keys":
         k[:] = math.nan
@@ -167,13 +187,12 @@ def test_what_is_no_number(what):
     else:
         importance[:, 3] = math.inf
     live = gtp_kernels.live_graph(graph)
-    with gtp_kernels.use_backend("cpu"):
-        found = gtp_kernels.live_select(k, importance, live, 6, torch.ones(2, 26))
+    found = gtp_kernels.live_select(k, importance, live, 6, torch.ones(2, 26))
     assert_same_selection(found, reference.live_select(k, importance, live, 6, torch.ones(2, 26)))
     assert found.share.isfinite().all()
 
 
-def test_what_is_not_finite_stays_with_the_row_that_takes_it(live_backend):
+def test_what_is_not_finite_stays_with_the_row_that_takes_it(backend):
     x, k, importance, graph = case(1, 2, (5, 5), 8, 16, 1)
     found = gtp_kernels.live_select(k, importance, gtp_kernels.live_graph(graph), 6, torch.ones(1, 26))
     x[0, found.index_prop[0, 2]] = math.nan
@@ -181,7 +200,7 @@ def test_what_is_not_finite_stays_with_the_row_that_takes_it(live_backend):
     assert out.isnan().any(2).nonzero()[:, 1].tolist() == [1 + int(found.target[0, 2])]
 
 
-def test_a_kept_row_has_the_edges_of_what_it_absorbed(live_backend):
+def test_a_kept_row_has_the_edges_of_what_it_absorbed(backend):
     """A line 0 - 1 - 2 - 3: once 1 has gone into 0, 0 and 2 are neighbours."""
     dense = torch.zeros(1, 4, 4)
     for i in range(3):
@@ -206,7 +225,7 @@ def test_a_kept_row_has_the_edges_of_what_it_absorbed(live_backend):
     assert again.live.rep.tolist() == [[0, 0, 1, 1]]
 
 
-def test_merge_is_the_mean_by_sizes(live_backend):
+def test_merge_is_the_mean_by_sizes(backend):
     x, k, importance, graph = case(1, 2, (4, 4), 8, 16, 1)
     sizes = torch.arange(1.0, 18.0)[None]
     found = gtp_kernels.live_select(k, importance, gtp_kernels.live_graph(graph), 5, sizes)
@@ -220,7 +239,7 @@ def test_merge_is_the_mean_by_sizes(live_backend):
     assert torch.equal(out[:, 0], x[:, 0])
 
 
-def test_gradients(live_backend):
+def test_gradients(backend):
     x, k, importance, graph = case(2, 2, (3, 3), 8, 6, 1)
     found = gtp_kernels.live_select(k, importance, gtp_kernels.live_graph(graph), 4, torch.ones(2, 10))
     assert (found.target >= 0).any()
@@ -233,10 +252,11 @@ def test_gradients(live_backend):
     assert torch.autograd.gradcheck(step, tensors)
 
 
-def test_operators():
+@KERNELS
+def test_operators(backend):
     x, k, importance, graph = case(2, 2, (3, 3), 8, 6, 1)
     live = gtp_kernels.live_graph(graph)
-    ops = torch.ops.gtp_kernels
+    ops = _library.operators(backend)
     torch.library.opcheck(ops.live_graph, (graph.indptr, graph.indices))
     sizes = torch.ones(2, 10)
     arguments = (k, importance, live.indptr, live.indices, live.rep, sizes, 4, 0.25, 1)
@@ -254,11 +274,22 @@ def test_operators():
         (lambda live: LiveGraph(live.indptr, live.indices, live.rep + 1), "rep must"),
     ],
 )
-def test_a_graph_that_lies(spoil, message):
-    _, k, importance, graph = case(1, 2, (3, 3), 8, 6, 1)
+@KERNELS
+def test_a_graph_that_lies(backend, spoil, message):
+    """A GPU does not look before it runs: there, what is out of range is no edge and no row."""
+    _, k, importance, graph = case(2, 2, (3, 3), 8, 6, 1)
     live = spoil(gtp_kernels.live_graph(graph))
-    with gtp_kernels.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
-        gtp_kernels.live_select(k, importance, live, 2, torch.ones(1, 10))
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=message):
+            gtp_kernels.live_select(k, importance, live, 4, torch.ones(2, 10))
+        return
+    found = gtp_kernels.live_select(k, importance, live, 4, torch.ones(2, 10))
+    rows = torch.cat((found.index_kept, found.index_prop), 1).sort(1).values
+    assert rows.tolist() == [list(range(1, 10))] * 2
+    assert found.target.min() >= -1
+    assert found.target.max() < 5
+    assert found.live.rep.min() >= -1
+    assert found.live.rep.max() < 5
 
 
 @pytest.mark.parametrize(
@@ -316,7 +347,7 @@ def plain_features(model, x, config):
     "options", [{}, dict(graph_type="Spatial", gamma=0.0), dict(token_scale=False), dict(sparsity=1)]
 )
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap", "not square"])
-def test_patched_model(live_backend, key, options):
+def test_patched_model(backend, key, options):
     model = build(key)
     x = images(model)
     config = gtp_vit.GTPConfig(**{**LIVE, **options})
@@ -326,13 +357,13 @@ def test_patched_model(live_backend, key, options):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_down_to_one_token(live_backend):
+def test_down_to_one_token(backend):
     model = gtp_vit.patch(build("vit"), num_prop=(5, 5, 5), propagation="LiveGraph", num_neighbours=3)
     with torch.no_grad():
         assert model.forward_features(images(model)).shape == (2, 2, 48)
 
 
-def test_restored_grid_and_lineage(live_backend):
+def test_restored_grid_and_lineage(backend):
     """What left has the row that it was merged into; the lineage of a row is the mean of the patches in it."""
     model = gtp_vit.patch(build("vit"), **LIVE, restore=True)
     x = images(model)
@@ -355,18 +386,19 @@ def test_restored_grid_and_lineage(live_backend):
 
 
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
-def test_gradients_of_a_model(live_backend, key):
+def test_gradients_of_a_model(backend, key):
     model = gtp_vit.patch(build(key), **LIVE)
     x = images(model).requires_grad_()
     model(x).square().sum().backward()
     found = x.grad.clone()
-    with gtp_kernels.use_backend("reference"):
+    with backends.record(), gtp_kernels.use_backend("reference"):
         x.grad = None
         model(x).square().sum().backward()
     torch.testing.assert_close(found, x.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_compiles_without_a_break():
+@KERNELS
+def test_compiles_without_a_break(backend):
     model = gtp_vit.patch(build(), **LIVE)
     x = images(model)
     with torch.no_grad():

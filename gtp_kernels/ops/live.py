@@ -26,9 +26,10 @@ def live_graph(graph: TokenGraph) -> LiveGraph:
     """
     if not isinstance(graph, TokenGraph):
         raise TypeError(f"graph must be a TokenGraph; got {type(graph).__name__}")
-    if backends.choose("live", graph.indptr) == "reference":
+    backend = backends.choose("live", graph.indptr)
+    if backend == "reference":
         return reference.live_graph(graph)
-    indptr, indices = _library.operators("cpu").live_graph(graph.indptr, graph.indices)
+    indptr, indices = _library.operators(backend).live_graph(graph.indptr, graph.indices)
     return LiveGraph(indptr, indices, graph.token)
 
 
@@ -72,9 +73,10 @@ def unchecked_live_select(
     k: Tensor, importance: Tensor, live: LiveGraph, num_prop: int, sizes: Tensor, gamma: float, prefix: int
 ) -> LiveSelection:
     """:func:`live_select` for a caller whose arguments are right by construction."""
-    if backends.choose("live", k) == "reference":
+    backend = backends.choose("live", k)
+    if backend == "reference":
         return reference.live_select(k, importance, live, num_prop, sizes, gamma=gamma, num_prefix=prefix)
-    *rest, rep = _library.operators("cpu").live_select(
+    *rest, rep = _library.operators(backend).live_select(
         k.detach(), importance.detach().to(compute_dtype(importance.dtype)), live.indptr, live.indices, live.rep,
         sizes.detach().float(), num_prop, gamma, prefix,
     )  # fmt: skip
@@ -126,13 +128,14 @@ def unchecked_live_merge(
     prefix: int,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`live_merge` for a caller whose arguments are right by construction."""
-    if backends.choose("live", x, branch, layer_scale, norm_weight, norm_bias) == "reference":
+    backend = backends.choose("live", x, branch, layer_scale, norm_weight, norm_bias)
+    if backend == "reference":
         return reference.live_merge(
             x, branch, selection, layer_scale=layer_scale, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=eps,
             norm=norm, num_prefix=prefix,
         )  # fmt: skip
     _library.refuse_forward_mode(x, branch, layer_scale, norm_weight, norm_bias)
-    out, normed = _library.operators("cpu").live_merge(
+    out, normed = _library.operators(backend).live_merge(
         x, branch, layer_scale, *selection[:4], norm_weight, norm_bias, eps, norm, prefix
     )
     return out, None if norm == "none" else normed
@@ -214,7 +217,7 @@ def _merge_backward(ops: Any, ctx: Any, grad_out: Tensor, grad_normed: Tensor) -
 
 
 def _graph_kernel(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    token = torch.arange(indptr.shape[1] - 1, dtype=torch.int32, device=indptr.device).repeat(len(indptr), 1)
+    token = torch.arange(indptr.shape[1] - 1, dtype=torch.int32, device=indptr.device).repeat(indptr.shape[0], 1)
     live = reference.live_graph(TokenGraph(indptr, indices, indices.float(), token))
     return live.indptr, live.indices
 

@@ -31,9 +31,8 @@ def live_graph(graph: TokenGraph) -> LiveGraph:
     again[:, 1:] = cell[:, 1:] == cell[:, :-1]
     cell = cell.masked_fill(again, none).sort(1).values
     filled = cell < none
-    row = torch.where(filled, cell // max(n, 1), n)
-    indptr = torch.zeros(len(cell), n + 1, dtype=torch.int32, device=cell.device)
-    indptr[:, 1:] = torch.zeros_like(indptr).scatter_add_(1, row, filled.int())[:, :n].cumsum(1)
+    first_cell = torch.arange(n + 1, device=cell.device) * n
+    indptr = torch.searchsorted(cell, first_cell.expand(cell.shape[0], -1).contiguous()).int()
     assert cell.shape[1] == 2 * capacity
     return LiveGraph(indptr, (cell % max(n, 1) * filled).int(), graph.token)
 
