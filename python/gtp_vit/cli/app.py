@@ -11,6 +11,7 @@ import gtp_kernels
 # Name -> where the click command is.
 COMMANDS = {
     "demo": "gtp_vit.cli.demo:demo",
+    "export": "gtp_vit.cli.export:export",
 }
 
 

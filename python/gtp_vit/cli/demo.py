@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gtp_vit
-from gtp_kernels import backends, checks
+from gtp_kernels import backends
 from gtp_vit import photos, picture, timing, weights
-from gtp_vit.config import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
+from gtp_vit.cli.options import gtp_options
 from gtp_vit.timing import processor_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,15 +59,6 @@ class Measurement:
     lineage: Tensor
 
 
-def _num_prop(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, ...]:
-    """P: one number, or one per block separated by commas."""
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a number nor numbers separated by commas") from error
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
 @click.command(short_help="Patch a real model, measure it on photographs, draw what GTP did.")
 @click.option("--model", "name", default=weights.DEMO_MODEL, show_default=True, help="Any Vision Transformer of timm.")
 @click.option(
@@ -85,22 +76,7 @@ def _num_prop(ctx: click.Context, param: click.Parameter, value: str) -> int | t
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Your own photograph in place of the bundled ones; may be repeated.",
 )
-@click.option(
-    "--num-prop",
-    metavar="P[,P...]",
-    callback=_num_prop,
-    default="8",
-    show_default=True,
-    help="P, the tokens that leave in each block, or one number per block.",
-)
-@click.option("--sparsity", type=float, default=0.6, show_default=True, help="θ, the share of the attention map kept.")
-@click.option("--alpha", type=float, default=0.2, show_default=True, help="α, how much a neighbour takes in.")
-@click.option("--selection", type=click.Choice(SELECTIONS), default="MixedAttnMax", show_default=True)
-@click.option("--propagation", type=click.Choice(PROPAGATIONS), default="GraphProp", show_default=True)
-@click.option("--graph-type", type=click.Choice(GRAPH_TYPES), default="Mixed", show_default=True)
-@click.option("--num-neighbours", type=int, default=8, show_default=True, help="M, the semantic neighbours of a token.")
-@click.option("--token-scale/--no-token-scale", default=True, show_default=True, help="Count what a token stands for.")
-@click.option("--semantics", type=click.Choice(checks.SEMANTICS), default="official", show_default=True)
+@gtp_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Timed batches of each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's choice]")
