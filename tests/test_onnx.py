@@ -224,6 +224,13 @@ def test_onnxruntime_agrees_with_the_reference(written: tuple[Path, nn.Module], 
     assert Parity(errors, exporting.TOLERANCE).agrees, errors
 
 
+def test_other_images_are_refused(written: tuple[Path, nn.Module]) -> None:
+    run = load_onnx(written[0])
+    for wrong in (torch.zeros(2, 3, 32, 32), images().half(), torch.zeros(0, 3, 64, 64), torch.zeros(3, 64, 64)):
+        with pytest.raises(ValueError, match=r"images must be float32 \[batch, 3, 64, 64\] on cpu; got"):
+            run(wrong)
+
+
 def test_the_check_sees_another_model(written: tuple[Path, nn.Module]) -> None:
     """The parity that an export is judged by fails for a model with one weight changed, and for other options."""
     path, _ = written

@@ -179,20 +179,17 @@ def load_aoti(path: Path | str) -> Runner:
     try:
         run = torch._inductor.aoti_load_package(str(path))
     except Exception as error:  # the loader raises what its own C++ throws
+        writer = json.loads(found[_KEY]).get("torch", "unknown")
         raise ExportError(
-            f"{path}: torch {torch.__version__} does not load it (written with torch {_written_by(found)}): "
+            f"{path}: torch {torch.__version__} does not load it (written with torch {writer}): "
             f"{_first_line(error)}; export it again with this torch"
         ) from error
 
     def runner(images: Tensor) -> Tensor:
-        try:
-            with torch.no_grad():
-                out = run(images)
-        except RuntimeError as error:
-            raise ExportError(
-                f"{path}: it takes {_takes(found)}; got {tuple(images.shape)} {images.dtype} on {images.device} "
-                f"({_first_line(error)})"
-            ) from error
+        # The package itself looks at no shape: it would read beyond the images.
+        _check_images(path, found, images)
+        with torch.no_grad():
+            out = run(images)
         return out[0] if isinstance(out, list | tuple) else out
 
     return runner
@@ -233,13 +230,8 @@ def load_onnx(path: Path | str) -> Runner:
         )
 
     def runner(images: Tensor) -> Tensor:
-        try:
-            (out,) = session.run(None, {"images": images.detach().cpu().numpy()})
-        except Exception as error:
-            raise ExportError(
-                f"{path}: it takes {_takes(json.loads(custom[_KEY]))}; got {tuple(images.shape)} {images.dtype} "
-                f"({_first_line(error)})"
-            ) from error
+        _check_images(path, custom, images)
+        (out,) = session.run(None, {"images": images.detach().cpu().numpy()})
         return torch.from_numpy(out)
 
     return runner
@@ -326,7 +318,7 @@ def _program(model: nn.Module, images: Tensor, batch: int | None) -> ExportedPro
 
 def _metadata(model: nn.Module, images: Tensor, batch: int | None) -> dict[str, str]:
     config = getattr(model, "gtp", None)
-    about = {
+    about: dict[str, Any] = {
         "version": gtp_kernels.__version__,
         "torch": torch.__version__,
         "model": type(model).__name__,
@@ -334,7 +326,8 @@ def _metadata(model: nn.Module, images: Tensor, batch: int | None) -> dict[str, 
         "images": ["batch" if batch is None else batch, *images.shape[1:]],
         "dtype": str(images.dtype).removeprefix("torch."),
     }
-    return {_KEY: json.dumps(about)}
+    # The shape once more, for a C++ host, which reads no JSON.
+    return {_KEY: json.dumps(about), f"{_KEY}_images": " ".join(map(str, (*about["images"], about["dtype"])))}
 
 
 def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
@@ -411,6 +404,9 @@ def _package_metadata(path: Path) -> dict[str, str]:
                     f"{path}: an archive without an AOTInductor model ({len(names)} files: {', '.join(names[:3])}…; "
                     f"torch.export.save and torch.jit.save write such ones); {needed}"
                 )
+            # Where it is missing, torch's loader ends the process.
+            if not any(name.startswith(about[0].rpartition("/")[0]) and name.endswith(".so") for name in names):
+                raise ExportError(f"{path}: corrupt, its machine code is missing; {needed}")
             found = json.loads(archive.read(about[0]))
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError) as error:
         raise ExportError(f"{path}: corrupt ({_first_line(error)}); {needed}") from error
@@ -421,17 +417,18 @@ def _package_metadata(path: Path) -> dict[str, str]:
     return found
 
 
-def _about(found: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(found[_KEY]) if _KEY in found else found
-
-
-def _written_by(found: dict[str, Any]) -> str:
-    return str(_about(found).get("torch", "unknown"))
-
-
-def _takes(found: dict[str, Any]) -> str:
-    about = _about(found)
-    return f"images [{', '.join(map(str, about.get('images', [])))}] {about.get('dtype')}"
+def _check_images(path: Path, metadata: dict[str, str], images: Tensor) -> None:
+    about = json.loads(metadata[_KEY])
+    count, *sizes = about["images"]
+    fits = images.ndim == 4 and list(images.shape[1:]) == sizes
+    fits = fits and (1 <= len(images) <= _LARGEST_BATCH if count == "batch" else len(images) == count)
+    device = torch.device(metadata.get("AOTI_DEVICE_KEY", "cpu")).type
+    dtype = str(images.dtype).removeprefix("torch.")
+    if not fits or dtype != about["dtype"] or images.device.type != device:
+        raise ValueError(
+            f"{path.name}: images must be {about['dtype']} [{', '.join(map(str, about['images']))}] on {device}; "
+            f"got {dtype} {list(images.shape)} on {images.device.type}"
+        )
 
 
 def _size_of(path: Path) -> str:

@@ -92,9 +92,17 @@ def export(
     """
     console = Console()
     output = output or Path(name.partition(".")[0]).with_suffix(SUFFIXES[kind])
+    if output.suffix != SUFFIXES[kind]:
+        raise click.BadParameter(
+            f"must end with {SUFFIXES[kind]} for {kind}; got {output.name!r}", param_hint="--output"
+        )
     place = _device(device, kind)
-    if report is not None and not report.resolve().parent.is_dir():
-        raise click.BadParameter(f"the folder {report.resolve().parent} does not exist", param_hint="--report")
+    if DTYPES[dtype] not in exporting.DTYPES[kind]:
+        allowed = ", ".join(name for name, value in DTYPES.items() if value in exporting.DTYPES[kind])
+        raise click.BadParameter(f"{kind} takes {allowed}; got {dtype}", param_hint="--dtype")
+    for hint, path in (("--output", output), ("--report", report)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise click.BadParameter(f"the folder {path.resolve().parent} does not exist", param_hint=hint)
     if source is None and name.partition(".")[0] != weights.DEMO_MODEL:
         source = "random"
     try:
@@ -214,8 +222,8 @@ def _latencies(
 
 def _table(rows: list[dict[str, Any]], kind: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("batch", "", "", "ms per call", "quartiles", "patched / unpatched"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
+    for heading in ("batch", "", "", "ms per call", "quartiles", "speed-up"):
+        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for row in rows:
         low, high = row["ms_quartiles"]
         gain = "" if row["model"] == "unpatched" else f"×{row['speedup']:.2f}"
