@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -157,7 +158,7 @@ def load(path: Path | str) -> Runner:
 def load_aoti(path: Path | str) -> Runner:
     """An AOTInductor package of :func:`export`, as a function from images to logits.
 
-    A package is machine code: loading one runs it. The archive is checked before that.
+    A package is machine code: loading one runs it. The archive is checked before that. Threads take turns.
 
     Raises:
         FileNotFoundError: no such file.
@@ -185,10 +186,13 @@ def load_aoti(path: Path | str) -> Runner:
             f"{_first_line(error)}; export it again with this torch"
         ) from error
 
+    # A package holds one model, and threads that call it at once would wait for it inside torch's runner.
+    turn = threading.Lock()
+
     def runner(images: Tensor) -> Tensor:
         # The package itself looks at no shape: it would read beyond the images.
         _check_images(path, found, images)
-        with torch.no_grad():
+        with turn, torch.no_grad():
             out = run(images)
         return out[0] if isinstance(out, list | tuple) else out
 
