@@ -34,11 +34,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 # A test that reaches for a model hub fails at once instead of waiting for the network.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-CXX_SOURCES := $(shell find csrc tests/native -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
+CXX_SOURCES := $(shell find csrc tests/native examples -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
 .PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread lint arm64 format demo \
-  wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
+  example-cpp wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -184,6 +184,9 @@ format: build  ## what ruff and clang-format can mend
 
 demo: build  ## a real Vision Transformer, faster, on real photographs; writes demo.png
 	@$(BIN)/gtp-vit demo $(ARGS)
+
+example-cpp: build  ## examples/cpp, built, and its logits compared with PyTorch's
+	@$(ONE_THREAD) $(PYTEST) tests/test_cli_export.py -m slow -k cpp --durations=0 $(ARGS)
 
 wheel: build  ## dist/*.whl, with the native library inside; checks what that needs from a system
 	@rm -rf build/lib* build/bdist* dist/*.whl  # setuptools would pack modules that are gone

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "gtp_vit.cli.demo:demo",
     "doctor": "gtp_vit.cli.doctor:doctor",
     "eval": "gtp_vit.cli.eval:evaluate_command",
+    "export": "gtp_vit.cli.export:export",
     "finetune": "gtp_vit.cli.finetune:finetune",
 }
 
