@@ -43,6 +43,18 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
             "30 s each; small tiles walk small grids in as many steps",
         ),
         *(
+            (f"test_live.py::test_patched_model[triton-{model}]", _MODEL)
+            for model in (
+                *(f"vit-options{i}" for i in (1, 2, 3)),
+                "dinov2 registers-*",
+                "gap-*",
+                *(f"not square-options{i}" for i in (0, 2, 3)),
+            )
+        ),
+        ("test_live.py::test_gradients[triton]", "minutes: 500 merges; test_gradients_of_a_model runs the backward"),
+        ("test_live.py::test_gradients_of_a_model[triton-dinov2 registers]", _MODEL),
+        ("test_live.py::test_restored_grid_and_lineage[triton]", "its lineage is read off what the ops return"),
+        *(
             (f"test_select_propagate.py::{test}", "10 s each; the launcher calls those of the three ops")
             for test in (
                 "test_every_selection[triton-*]",
