@@ -256,8 +256,7 @@ def tune(
     pool = search.candidates(num_candidates)
 
     def over() -> float:
-        share = min(1.0, (time.monotonic() - start) / max(seconds, 1e-9))
-        return share
+        return min(1.0, (time.monotonic() - start) / max(seconds, 1e-9))
 
     def say(what: str) -> None:
         if progress is not None:
@@ -295,6 +294,29 @@ def tune(
         if whole.mean() < loss.mean():
             best, loss, kept = other, whole, kept + 1
     return Result(_plain(best.options), loss.mean().item(), tried, (steps, kept), finished)
+
+
+def constant(model: nn.Module, images: Tensor, gmacs: float) -> dict[str, Options]:
+    """What needs no tuning, at the smallest constant P that brings the work to ``gmacs``; what cannot is left out.
+
+    Args:
+        images: [n, 3, H, W], for their size.
+    """
+    work = work_of(model, (images.shape[-2], images.shape[-1]))
+    depth, found = len(work.blocks), {}
+    for name, options in BASELINES.items():
+        for num_prop in range(GTPConfig(**options).largest_num_prop(work.num_image_tokens, depth) + 1):
+            fitted = _fitting(options, work.num_image_tokens)
+            if _macs(work, fitted, (num_prop,) * depth) <= gmacs:
+                found[f"{name}, P = {num_prop}"] = {**fitted, "num_prop": num_prop}
+                break
+    return found
+
+
+def _fitting(options: Options, num_image_tokens: int) -> Options:
+    """With fewer neighbours where there are not enough tokens."""
+    usual = min(8, num_image_tokens - 1)
+    return options if options["graph_type"] in ("None", "Spatial") else {**options, "num_neighbours": usual}
 
 
 def _plain(options: Options) -> Options:
@@ -343,12 +365,10 @@ class _Search:
     def candidates(self, count: int) -> list[Candidate]:
         """The baselines at a constant P, then drawn ones; no two alike."""
         depth = len(self.work.blocks)
-        neighbours = self.choices["num_neighbours"]
-        usual = 8 if 8 in neighbours else neighbours[-1]
+        n = self.work.num_image_tokens
         found: dict[tuple[Any, ...], Candidate] = {}
         for options in reversed(BASELINES.values()):
-            usable = options if options["graph_type"] in ("None", "Spatial") else {**options, "num_neighbours": usual}
-            if (made := self.candidate(usable, (1.0,) * depth)) is not None:
+            if (made := self.candidate(_fitting(options, n), (1.0,) * depth)) is not None:
                 found[made.key()] = made
         if not found:
             # Says what is wrong with the target.
@@ -389,8 +409,8 @@ class _Search:
             name = self.draw.choice(READ[options["propagation"]])
             choices = self.choices[name]
             if name in options:
-                place = choices.index(options[name]) + self.draw.choice((-1, 1))
-                options[name] = choices[min(max(place, 0), len(choices) - 1)]
+                place = choices.index(options[name]) if options[name] in choices else 0
+                options[name] = choices[min(max(place + self.draw.choice((-1, 1)), 0), len(choices) - 1)]
             if options.get("graph_type") in ("Mixed", "Semantic") and "num_neighbours" not in options:
                 options["num_neighbours"] = self.draw.choice(self.choices["num_neighbours"])
         made = self.candidate(_read_alone(options), weights)

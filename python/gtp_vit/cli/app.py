@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "gtp_vit.cli.demo:demo",
     "eval": "gtp_vit.cli.eval:evaluate_command",
     "finetune": "gtp_vit.cli.finetune:finetune",
+    "tune": "gtp_vit.cli.tune:tune",
 }
 
 
