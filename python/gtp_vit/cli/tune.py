@@ -114,7 +114,7 @@ def tune(
         stack.enter_context(common.num_threads(threads))
         stack.enter_context(backends.use_backend(backend) if backend is not None else contextlib.nullcontext())
         stack.enter_context(common.plain_errors())
-        model, origin = demo.load_model(name, source, img_size, model_kwargs)
+        model, origin = _model(name, source, img_size, model_kwargs, seed)
         model = model.eval().to(device=place, dtype=common.DTYPES[dtype])
         files, judged = _split(root, judge_root, count, seed)
         try:
@@ -231,6 +231,16 @@ def pareto_table(rows: Sequence[dict[str, Any]]) -> Table:
             cells.append(("*" if value else "") if key == "pareto" else f"{value:.{3 if key == 'gmacs' else 5}f}")
         table.add_row(row["name"], *cells, style="bold" if row["name"] == _TUNED else "")
     return table
+
+
+def _model(
+    name: str, source: str | None, img_size: int | None, options: dict[str, Any], seed: int
+) -> tuple[nn.Module, str]:
+    """As in the demo; of a file, the classes are those of its head."""
+    if source in (None, "demo", "hub", "random"):
+        torch.manual_seed(seed)
+        return demo.load_model(name, source, img_size, options)
+    return common.load_model(name, Path(str(source)), False, seed, {"img_size": img_size, **options})
 
 
 def _split(root: Path, judge_root: Path | None, count: int, seed: int) -> tuple[list[Path], list[Path]]:
