@@ -218,18 +218,16 @@ def judge(
 def pareto_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table that people read; a star where no row has more agreement for no more work."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    heads = [("", "pareto"), ("GMACs", "gmacs"), ("feature cosine", "pooled"), ("least", "pooled_min")]
-    heads += [("patches", "patches"), ("logits", "logits"), ("same class", "top1")]
+    heads = [("GMACs", "gmacs"), ("feature cosine", "pooled"), ("least", "pooled_min"), ("patches", "patches")]
+    heads += [("logits", "logits"), ("same class", "top1")]
     heads = [head for head in heads if rows[0][head[1]] is not None]
-    table.add_column("options")
+    table.add_column("options", no_wrap=True)
     for title, _ in heads:
         table.add_column(title, justify="right")
     for row in rows:
-        cells = []
-        for _, key in heads:
-            value = row[key]
-            cells.append(("*" if value else "") if key == "pareto" else f"{value:.{3 if key == 'gmacs' else 5}f}")
-        table.add_row(row["name"], *cells, style="bold" if row["name"] == _TUNED else "")
+        cells = [f"{row[key]:.{3 if key == 'gmacs' else 4}f}" for _, key in heads]
+        name = row["name"] + (" *" if row["pareto"] else "")
+        table.add_row(name, *cells, style="bold" if row["name"] == _TUNED else "")
     return table
 
 
