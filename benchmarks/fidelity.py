@@ -44,7 +44,7 @@ PATH = ROOT / "benchmarks" / "results" / "dinov2-s" / "fidelity.json"
 PAGE = ROOT / "docs" / "fidelity.md"
 NUM_PROPS = (14, 8, 16, 11, 4)
 LINES_AT = {4: -0.0002, 8: 0.0, 11: 0.0, 14: 0.0, 16: 0.0}
-VARIANTS_AT = (14,)
+VARIANTS_AT = (14, 8)  # all of them at the first, budgets at every one
 NUM_CROPS = 64
 NEIGHBOURS = 5
 TOME = "ToMe"
@@ -233,13 +233,13 @@ def plan(model: Any, size: tuple[int, int], num_props: Sequence[int], variants_a
             if method not in LAST:
                 yield Planned("methods", method, num_prop, METHODS[method], num_prop)
     for num_prop in variants_at:
-        for name, options in VARIANTS.items():
-            yield Planned("variants", name, num_prop, options, num_prop)
-        depth = len(work.blocks)
         target = work.macs(gtp_vit.GTPConfig(num_prop=num_prop, **MIXED)) / 1e9
         for name, budget in BUDGETS.items():
-            share = [float(value) for value in budget(depth)]
+            share = [float(value) for value in budget(len(work.blocks))]
             yield Planned("variants", name, num_prop, MIXED, tuning.fit(work, MIXED, share, target))
+    for num_prop in variants_at[:1]:
+        for name, options in VARIANTS.items():
+            yield Planned("variants", name, num_prop, options, num_prop)
     for method in LAST:
         for num_prop in num_props:
             if method in methods:
@@ -262,11 +262,11 @@ def lines(rows: Iterable[dict[str, Any]]) -> Iterator[Line]:
                 yield Line(f"P = {num_prop}: {method} − {TOME}", difference, bound)
 
 
-def standard_error(rows: Sequence[dict[str, Any]], method: str, num_prop: int) -> float:
-    """Of the mean paired difference between a method and ToMe."""
+def differences(rows: Sequence[dict[str, Any]], method: str, num_prop: int) -> np.ndarray:
+    """What a method's cosine is above ToMe's, for each image."""
     each = {row["method"]: np.array(row["pooled_each"]) for row in rows if row["constant"] == num_prop}
-    difference = each[method] - each[TOME]
-    return float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else float("nan")
+    found: np.ndarray = each[method] - each[TOME]
+    return found
 
 
 def line_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -274,9 +274,38 @@ def line_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for line in lines(rows):
         num_prop, method = re.match(r"P = (\d+): (.*) − ToMe", line.what).groups()  # type: ignore[union-attr]
-        error = standard_error([row for row in rows if row["part"] == "methods"], method, int(num_prop))
-        found.append(f"{line.what}: {line.value:+.5f} ± {error:.5f} (at least {line.line:g}): {line.verdict}")
+        difference = differences([row for row in rows if row["part"] == "methods"], method, int(num_prop))
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
+        found.append(
+            f"{line.what}: {line.value:+.5f} ± {error:.5f} (at least {line.line:g}): {line.verdict}; median "
+            f"{np.median(difference):+.5f}, {int((difference > 0).sum())} of {len(difference)} images better"
+        )
     return found
+
+
+def per_block(model: Any, image: Tensor, options: Options, num_prop: int) -> list[dict[str, float]]:
+    """What every block does to the pooled feature of one image [1, 3, H, W].
+
+    Returns:
+        For each block the cosine where tokens leave in it alone, and where they leave in all the others; and least,
+        median and most of the importance over its mean, of a forward in which tokens leave in this block alone.
+    """
+    expected = tuning.outputs(model, image)
+    depth = len(model.blocks)
+
+    def cosine(num_props: list[int]) -> tuple[float, Any]:
+        with tuning.patched(model, {**options, "num_prop": num_props}), gtp_vit.trace(model) as trace:
+            found = tuning.outputs(model, image)
+        return tuning.agreement(found, expected).pooled.item(), trace
+
+    found = []
+    for block in range(depth):
+        alone, trace = cosine([num_prop * (other == block) for other in range(depth)])
+        without, _ = cosine([num_prop * (other != block) for other in range(depth)])
+        importance = trace.layers[block].importance[0]
+        low, median, high = (importance.float().quantile(torch.tensor((0.0, 0.5, 1.0))) / importance.mean()).tolist()
+        found.append({"alone": alone, "without": without, "least": low, "median": median, "most": high})
+    return [{name: round(value, 5) for name, value in row.items()} for row in found]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -321,6 +350,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if any(row["part"] == "variants" for row in rows):
         out += ["", *_variants(rows)]
+    if "worst" in report:
+        out += ["", *_worst(report["worst"])]
     return "\n".join(out)
 
 
@@ -343,6 +374,27 @@ def _by_num_prop(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], st
         f"| {method} | " + " | ".join(cells.get((method, p), "") for p in num_props) + " |"
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
+
+
+def _worst(worst: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"The image on which {worst['method']} is furthest behind ToMe at P = {worst['num_prop']} (number "
+        f"{worst['image']}; {worst['cosine']:.4f} against {worst['tome']:.4f}), with P in one block alone, and in "
+        "all but one; and the importance of the image tokens over its mean:"
+    )
+    yield ""
+    blocks = worst["blocks"]
+    yield "| block | " + " | ".join(map(str, range(len(blocks)))) + " |"
+    yield "|---" * (len(blocks) + 1) + "|"
+    for name, title in (
+        ("alone", "alone"),
+        ("without", "all but it"),
+        ("least", "least importance"),
+        ("median", "median"),
+        ("most", "most"),
+    ):
+        digits = 4 if name in ("alone", "without") else 2
+        yield f"| {title} | " + " | ".join(f"{block[name]:.{digits}f}" for block in blocks) + " |"
 
 
 def _variants(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -450,6 +502,7 @@ def _call(module: Callable[[Tensor], object], images: Tensor) -> Callable[[], ob
 @click.option("--fresh", is_flag=True, help="Measure again what is there.")
 @click.option("--keep", is_flag=True, help="Keep what is there, also where it comes from other sources.")
 @click.option("--speed", is_flag=True, help="Add images per second to what is there, and measure nothing else.")
+@click.option("--worst", is_flag=True, help="Add what every block does to the worst image to what is there.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed batches of each.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: PyTorch's choice]")
 @click.option("--json", "output", type=click.Path(dir_okay=False, path_type=Path), help=f"[default: {PATH.name}]")
@@ -466,6 +519,7 @@ def main(
     fresh: bool,
     keep: bool,
     speed: bool,
+    worst: bool,
     rounds: int,
     threads: int | None,
     output: Path | None,
@@ -492,13 +546,19 @@ def main(
     if path.is_file() and not fresh:
         earlier = json.loads(path.read_text())
         if all(earlier.get(key) == value for key, value in about.items()) and (
-            speed or keep or earlier["source"] == report["source"]
+            speed or worst or keep or earlier["source"] == report["source"]
         ):
             report["rows"] = earlier["rows"]
             if speed:
                 report = {**earlier, "speed": {**provenance(), "batch": batch_size, "rounds": rounds}}
-    if speed and not report["rows"]:
-        raise click.UsageError(f"--speed: {path} has no rows of this model and these images; run without it first")
+            elif worst:
+                report = earlier
+            elif "worst" in earlier:
+                report["worst"] = earlier["worst"]
+    if (speed or worst) and not report["rows"]:
+        raise click.UsageError(
+            f"--speed, --worst: {path} has no rows of this model and these images; run without it first"
+        )
     with Progress(console=console, transient=True) as bar:
         if speed:
             timed = [row for row in report["rows"] if row["part"] == "methods"]
@@ -506,6 +566,23 @@ def main(
             task = bar.add_task("timing, in turns", total=total)
             batch = images.pixels[torch.arange(batch_size) % len(images.pixels)]
             time_rows(model, report, batch, rounds, lambda: bar.advance(task))
+            _write(path, report)
+        elif worst:
+            method, num_prop = "LiveGraph Spatial", 8
+            here = [row for row in report["rows"] if row["part"] == "methods" and row["constant"] == num_prop]
+            if not {method, TOME} <= {row["method"] for row in here}:
+                raise click.UsageError(f"--worst: {path} has no rows of {method} and {TOME} at P = {num_prop}")
+            image = int(differences(here, method, num_prop).argmin())
+            cosine = {row["method"]: row["pooled_each"][image] for row in here}
+            report["worst"] = {
+                "method": method,
+                "num_prop": num_prop,
+                "image": image,
+                "cosine": cosine[method],
+                "tome": cosine[TOME],
+                "blocks": per_block(model, images.pixels[image : image + 1], SPATIAL, num_prop),
+                "commit": provenance()["commit"],
+            }
             _write(path, report)
         else:
             measure_rows(

@@ -109,11 +109,23 @@ def test_lines_say_what_is_missed() -> None:
     rows = [row("ToMe", [0.9, 0.8]), row("LiveGraph Spatial", [0.95, 0.85]), row("LiveGraph Mixed", [0.8, 0.8])]
     found = list(fidelity.lines(rows))
     assert [line.verdict for line in found] == ["holds", "missed"]
-    assert fidelity.line_texts(rows) == [
-        "P = 8: LiveGraph Spatial − ToMe: +0.05000 ± 0.00000 (at least 0): holds",
-        "P = 8: LiveGraph Mixed − ToMe: -0.05000 ± 0.05000 (at least 0): missed",
-    ]
+    first, second = fidelity.line_texts(rows)
+    assert first.startswith("P = 8: LiveGraph Spatial − ToMe: +0.05000 ± 0.00000 (at least 0): holds; ")
+    assert first.endswith("median +0.05000, 2 of 2 images better")
+    assert second.startswith("P = 8: LiveGraph Mixed − ToMe: -0.05000 ± 0.05000 (at least 0): missed; ")
+    assert second.endswith("median -0.05000, 0 of 2 images better")
     assert list(fidelity.lines(rows[1:])) == [], "nothing is said without ToMe"
+
+
+def test_every_block_is_judged_alone_and_left_out(model: Any) -> None:
+    image = pixels(1)
+    blocks = fidelity.per_block(model, image, fidelity.SPATIAL, 3)
+    expected = tuning.outputs(model, image)
+    for num_prop, found in (((3, 0), blocks[0]["alone"]), ((0, 3), blocks[1]["alone"]), ((3, 0), blocks[1]["without"])):
+        with tuning.patched(model, {**fidelity.SPATIAL, "num_prop": num_prop}):
+            cosine = tuning.agreement(tuning.outputs(model, image), expected).pooled.item()
+        assert found == pytest.approx(cosine, abs=1e-5)
+    assert all(block["least"] <= block["median"] <= block["most"] for block in blocks)
 
 
 def test_put_replaces_what_is_between_the_comments() -> None:
