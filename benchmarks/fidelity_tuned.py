@@ -1,9 +1,10 @@
 """``python -m benchmarks.fidelity_tuned``: DINOv2 ViT-S/14, tuned at the GMACs of LiveGraph with a constant P.
 
-The search sees crops of some of the photographs that come inside scikit-image and scikit-learn. The result is judged on
-the other ones, whole, and on crops of them; beside it a constant P, GTP as published and ToMe. What the search found is
-in ``benchmarks/results/dinov2-s/tuned.json``, under ``patch``: ``gtp_vit.patch(model, **json.load(file)["patch"])``.
-``--patches`` counts the features of the patches too, and writes ``tuned-patches.json``.
+The search sees crops of half of the photographs that come inside scikit-image and scikit-learn, and of other pictures
+there. The result is judged on the other half, whole, and on crops of them; beside it a constant P, GTP as published and
+ToMe. What was found is in ``benchmarks/results/dinov2-s/tuned.json``, for
+``gtp_vit.patch(model, **json.load(file)["patch"])``. ``--patches`` counts the features of the patches too, and writes
+``tuned-patches.json``. ``--page`` writes the tables of docs/fidelity.md.
 """
 
 from __future__ import annotations
@@ -28,34 +29,32 @@ from gtp_vit.cli import common, demo
 
 FOLDER = fidelity.PATH.parent
 SEARCHED = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-# Pictures of scikit-image that are not among the bundled photographs; textures, a microscope, telescopes.
+# Of scikit-image, not among the bundled photographs: textures, coins, telescopes, microscopes. For the search only.
 OTHERS = ("brick.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg")
+COMPARED = ("GTP as published, θ = 0.6", "no propagation", fidelity.TOME, "LiveGraph Spatial", "LiveGraph Mixed")
 TUNED = "tuned"
 
 
 def judged_images(model: nn.Module, num_crops: int) -> dict[str, Images]:
-    """What the search does not see: photographs whole, other pictures whole, and crops of the former."""
+    """What the search does not see: photographs, whole, and crops of them."""
     config = common.data_config(model)
     size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
     unseen = [file for file in photos.bundled_files() if file.name not in SEARCHED]
-    folder = photos.package_folder("skimage")
-    others = [] if folder is None else [folder / "data" / name for name in OTHERS]
-    others = [file for file in others if file.is_file()]
-    found = {}
-    for what, files in (("photographs", unseen), ("other pictures", others)):
-        if files:
-            _, pixels = photos.read_photographs(files, size, mean=mean, std=std)
-            # Mirrored, a picture is another one to the model.
-            found[what] = Images(torch.cat((pixels, pixels.flip(-1))), f"whole, and mirrored: {_names(files)}")
+    _, whole = photos.read_photographs(unseen, size, mean=mean, std=std)
     crops = fidelity.crops(unseen, num_crops, size, mean, std, seed=1)
-    found["crops"] = Images(crops, f"{num_crops} crops, seed 1, of {_names(unseen)}")
-    return found
+    return {
+        # Mirrored, a picture is another one to the model.
+        "photographs": Images(torch.cat((whole, whole.flip(-1))), f"whole, and mirrored: {_names(unseen)}"),
+        "crops": Images(crops, f"{num_crops} crops, seed 1, of {_names(unseen)}"),
+    }
 
 
 def searched_images(model: nn.Module, num_crops: int) -> Images:
     """What the search sees."""
     config = common.data_config(model)
-    files = [file for file in photos.bundled_files() if file.name in SEARCHED]
+    folder = photos.package_folder("skimage")
+    others = [] if folder is None else [folder / "data" / name for name in OTHERS]
+    files = [file for file in photos.bundled_files() if file.name in SEARCHED] + [f for f in others if f.is_file()]
     pixels = fidelity.crops(files, num_crops, config["input_size"][-2:], config["mean"], config["std"])
     return Images(pixels, f"{num_crops} crops, seed 0, of {_names(files)}")
 
@@ -74,9 +73,7 @@ def judge(model: Any, images: Tensor, best: tuning.Options, num_prop: int) -> li
     """One row for what was tuned, and for each of what is not."""
     expected = tuning.outputs(model, images, patches=True)
     rows = []
-    for name, options in {TUNED: best, **fidelity.METHODS}.items():
-        if name in fidelity.LAST:
-            continue
+    for name, options in {TUNED: best, **{name: fidelity.METHODS[name] for name in COMPARED}}.items():
         if name == TUNED:
             fixed = {key: value for key, value in best.items() if key != "num_prop"}
             row = fidelity.measured(model, fixed, best["num_prop"], images, expected, 8)
@@ -131,7 +128,7 @@ def texts(judged: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--num-prop", type=click.IntRange(min=1), default=14, show_default=True)
-@click.option("--crops", "count", type=click.IntRange(min=1), default=48, show_default=True, help="For the search.")
+@click.option("--crops", "count", type=click.IntRange(min=1), default=44, show_default=True, help="For the search.")
 @click.option("--judge-crops", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--patches", is_flag=True, help="The features of the patches count too.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=900.0, show_default=True, help="For the search.")

@@ -228,7 +228,8 @@ def tune(
     """The options with which ``model`` agrees best with itself unpatched, at ``gmacs`` of work.
 
     The first half of the time goes to successive halving over ``num_candidates``, the rest to small changes of the
-    best. More time, or a faster machine, tries more; what is tried, and in which order, depends on ``seed`` alone.
+    best. A constant P is left, and a change is kept, only where the gain is above its standard error over the images.
+    More time, or a faster machine, tries more; what is tried, and in which order, depends on ``seed`` alone.
 
     Args:
         model: of timm, not patched, in evaluation mode; it is as before afterwards.
@@ -273,12 +274,18 @@ def tune(
             losses.append(search.loss(candidate, slice(0, count)).mean().item())
             say(f"{len(pool)} candidates on {count} images: {number + 1}")
         pool = [pool[rank] for rank in sorted(range(len(losses)), key=lambda rank: losses[rank])]
+        plain = next((candidate for candidate in pool if len(set(candidate.weights)) == 1), None)
         if not finished or count == len(images):
             break
         pool = pool[: max(1, math.ceil(len(pool) / 2.5))]
-        count = len(images) if len(pool) <= 2 else min(2 * count, len(images))
-    best, kept, steps = pool[0], 0, 0
+        if plain is not None and plain not in pool:
+            pool.append(plain)
+        count = len(images) if len(pool) <= 3 else min(2 * count, len(images))
+    # A constant P is left only for what is better by more than chance.
+    best, kept, steps = pool[0] if plain is None else plain, 0, 0
     loss = search.loss(best, slice(None))
+    if best is not pool[0] and _better(whole := search.loss(pool[0], slice(None)), loss):
+        best, loss = pool[0], whole
     while over() < 1 and (max_steps is None or steps < max_steps):
         steps += 1
         say(f"step {steps}, {kept} kept, loss {loss.mean():.5f}")
@@ -291,9 +298,16 @@ def tune(
         if half and first.mean() >= loss[:half].mean():
             continue
         whole = torch.cat((first, search.loss(other, slice(half, None))))
-        if whole.mean() < loss.mean():
+        if _better(whole, loss):
             best, loss, kept = other, whole, kept + 1
     return Result(_plain(best.options), loss.mean().item(), tried, (steps, kept), finished)
+
+
+def _better(loss: Tensor, than: Tensor) -> bool:
+    """Whether the mean of the paired gains is above its standard error: a few images alone decide nothing."""
+    gain = than - loss
+    error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return gain.mean().item() > error
 
 
 def constant(model: nn.Module, images: Tensor, gmacs: float) -> dict[str, Options]:
