@@ -76,11 +76,11 @@ VARIANTS: dict[str, Options] = {
 }
 # Weights per block, of a depth; all at the GMACs of a constant P.
 BUDGETS: dict[str, Callable[[int], np.ndarray]] = {
-    "Mixed, budget 10 … 23": lambda depth: np.linspace(10, 23, depth),
-    "Mixed, budget 23 … 10": lambda depth: np.linspace(23, 10, depth),
     "Mixed, first block spared": lambda depth: np.arange(depth) >= 1,
-    "Mixed, first two blocks spared": lambda depth: np.arange(depth) >= 2,
     "Mixed, first block spared, then 10 … 23": lambda depth: np.linspace(10, 23, depth) * (np.arange(depth) >= 1),
+    "Mixed, budget 10 … 23": lambda depth: np.linspace(10, 23, depth),
+    "Mixed, first two blocks spared": lambda depth: np.arange(depth) >= 2,
+    "Mixed, budget 23 … 10": lambda depth: np.linspace(23, 10, depth),
 }
 
 
@@ -232,9 +232,9 @@ def plan(model: Any, size: tuple[int, int], num_props: Sequence[int], variants_a
         for method in methods:
             if method not in LAST:
                 yield Planned("methods", method, num_prop, METHODS[method], num_prop)
-    for num_prop in variants_at:
-        target = work.macs(gtp_vit.GTPConfig(num_prop=num_prop, **MIXED)) / 1e9
-        for name, budget in BUDGETS.items():
+    for name, budget in BUDGETS.items():
+        for num_prop in variants_at:
+            target = work.macs(gtp_vit.GTPConfig(num_prop=num_prop, **MIXED)) / 1e9
             share = [float(value) for value in budget(len(work.blocks))]
             yield Planned("variants", name, num_prop, MIXED, tuning.fit(work, MIXED, share, target))
     for num_prop in variants_at[:1]:
