@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 
 from cli_images import KWARGS, write_image  # noqa: E402
 
-from benchmarks import fidelity, tome  # noqa: E402
+from benchmarks import fidelity, fidelity_tuned, tome  # noqa: E402
 
 
 @pytest.fixture
@@ -166,3 +166,34 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strip = [{key: row[key] for key in ("method", "pooled", "gmacs")} for row in timed["rows"]]
     assert strip == [{key: row[key] for key in ("method", "pooled", "gmacs")} for row in report["rows"]]
     assert CliRunner().invoke(fidelity.main, ["--model", "tiny"]).exit_code == 2, "the default file is not overwritten"
+
+
+def test_tuned_is_judged_on_what_the_search_did_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    from click.testing import CliRunner
+
+    def tiny(name: str) -> tuple[Any, str]:
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", num_classes=0, **KWARGS), "random"
+
+    monkeypatch.setattr(fidelity_tuned.demo, "load_model", tiny)
+    monkeypatch.setattr(fidelity_tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(fidelity, "PAGE", tmp_path / "page.md")
+    arguments = ["--num-prop", "2", "--crops", "11", "--judge-crops", "2", "--seconds", "0.5", "--candidates", "6"]
+    done = CliRunner().invoke(fidelity_tuned.main, arguments)
+    assert done.exit_code in (0, 1), (done.output, done.exception)
+    report = json.loads((tmp_path / "tuned.json").read_text())
+    seen = {word.strip(",") for word in report["searched"]["what"].split() if "." in word}
+    for images in report["images"].values():
+        assert not seen & {word.strip(",") for word in images["what"].split() if "." in word}
+    assert len(seen) == 11
+    assert report["images"]["photographs"]["count"] == 8
+    assert report["judged"]["crops"][0]["gmacs"] <= report["gmacs_asked"] + 1e-6
+    gtp_vit.patch(tiny("")[0], **report["patch"])
+    cosine = {row["method"]: row["pooled"]["mean"] for row in report["judged"]["crops"]}
+    better = cosine["tuned"] >= max(cosine["LiveGraph Spatial"], cosine["LiveGraph Mixed"])
+    assert f"better constant LiveGraph: {'' if better else '-'}" in done.output.replace("+", "")
+    (tmp_path / "page.md").write_text("<!-- tuned --><!-- /tuned -->")
+    assert CliRunner().invoke(fidelity_tuned.main, ["--page"]).exit_code == 0
+    assert "Tuned for the class token" in (tmp_path / "page.md").read_text()
