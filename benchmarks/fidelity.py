@@ -253,11 +253,13 @@ def _takes_tome(model: Any) -> bool:
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> Iterator[Line]:
-    """LiveGraph's class token against ToMe's, at equal constant P: mean of the paired differences."""
-    means = {(row["method"], row["constant"]): row["pooled"]["mean"] for row in rows if row["part"] == "methods"}
+    """LiveGraph's class token against ToMe's, at equal constant P: mean of the paired differences; and what a budget
+    gives, at the GMACs of that P on the Mixed graph."""
+    means = {(row["method"], row["constant"]): row["pooled"]["mean"] for row in rows}
     for num_prop, bound in LINES_AT.items():
-        for method in METHODS:
-            if method.startswith("LiveGraph") and {(method, num_prop), (TOME, num_prop)} <= set(means):
+        for method in (*METHODS, *BUDGETS):
+            ours = method in BUDGETS or method.startswith("LiveGraph")
+            if ours and {(method, num_prop), (TOME, num_prop)} <= set(means):
                 difference = means[method, num_prop] - means[TOME, num_prop]
                 yield Line(f"P = {num_prop}: {method} − {TOME}", difference, bound)
 
@@ -274,7 +276,7 @@ def line_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for line in lines(rows):
         num_prop, method = re.match(r"P = (\d+): (.*) − ToMe", line.what).groups()  # type: ignore[union-attr]
-        difference = differences([row for row in rows if row["part"] == "methods"], method, int(num_prop))
+        difference = differences(rows, method, int(num_prop))
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
         found.append(
             f"{line.what}: {line.value:+.5f} ± {error:.5f} (at least {line.line:g}): {line.verdict}; median "
