@@ -1,8 +1,7 @@
 """``python -m benchmarks.fidelity_tuned``: DINOv2 ViT-S/14, tuned at the GMACs of LiveGraph with a constant P.
 
-The search sees crops of half of the photographs that come inside scikit-image and scikit-learn, and of other pictures
-there. The result is judged on the other half, whole, and on crops of them; beside it a constant P, GTP as published and
-ToMe. What was found is in ``benchmarks/results/dinov2-s/tuned.json``, for
+The search sees crops of half of the photographs that come inside scikit-image and scikit-learn. The result is judged on
+the other half, whole, and on crops of them; beside it a constant P, GTP as published and ToMe. What was found is in ``benchmarks/results/dinov2-s/tuned.json``, for
 ``gtp_vit.patch(model, **json.load(file)["patch"])``. ``--patches`` counts the features of the patches too, and writes
 ``tuned-patches.json``. ``--page`` writes the tables of docs/fidelity.md.
 """
@@ -29,8 +28,6 @@ from gtp_vit.cli import common, demo
 
 FOLDER = fidelity.PATH.parent
 SEARCHED = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-# Of scikit-image, not among the bundled photographs: textures, coins, telescopes, microscopes. For the search only.
-OTHERS = ("brick.png", "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg")
 COMPARED = ("GTP as published, θ = 0.6", "no propagation", fidelity.TOME, "LiveGraph Spatial", "LiveGraph Mixed")
 TUNED = "tuned"
 
@@ -52,9 +49,7 @@ def judged_images(model: nn.Module, num_crops: int) -> dict[str, Images]:
 def searched_images(model: nn.Module, num_crops: int) -> Images:
     """What the search sees."""
     config = common.data_config(model)
-    folder = photos.package_folder("skimage")
-    others = [] if folder is None else [folder / "data" / name for name in OTHERS]
-    files = [file for file in photos.bundled_files() if file.name in SEARCHED] + [f for f in others if f.is_file()]
+    files = [file for file in photos.bundled_files() if file.name in SEARCHED]
     pixels = fidelity.crops(files, num_crops, config["input_size"][-2:], config["mean"], config["std"])
     return Images(pixels, f"{num_crops} crops, seed 0, of {_names(files)}")
 
@@ -128,7 +123,7 @@ def texts(judged: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--num-prop", type=click.IntRange(min=1), default=14, show_default=True)
-@click.option("--crops", "count", type=click.IntRange(min=1), default=44, show_default=True, help="For the search.")
+@click.option("--crops", "count", type=click.IntRange(min=1), default=48, show_default=True, help="For the search.")
 @click.option("--judge-crops", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--patches", is_flag=True, help="The features of the patches count too.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=900.0, show_default=True, help="For the search.")

@@ -89,6 +89,18 @@ class Agreement(NamedTuple):
         return 1 - torch.stack(parts).mean(0)
 
 
+def geometric_mean(loss: Tensor) -> float:
+    """Of losses [n], below one in a million counted as that.
+
+    Losses have a long tail: in their mean, one image of the hard kind outweighs a hundred others.
+    """
+    return float(_log(loss).mean().exp())
+
+
+def _log(loss: Tensor) -> Tensor:
+    return loss.clamp(min=1e-6).log()
+
+
 def outputs(model: Any, images: Tensor, *, patches: bool = False, batch_size: int = 8) -> Outputs:
     """What ``model``, of timm, patched or not, gives for ``images`` [n, 3, H, W].
 
@@ -199,7 +211,7 @@ class Result:
 
     Attributes:
         best: the options, for ``gtp_vit.patch(model, **best)``.
-        loss: its mean loss on the images that decided.
+        loss: the geometric mean of its losses on the images that decided.
         candidates: how many were tried.
         steps: how many small changes were tried, and how many of them were kept.
         finished: whether the halving came to its end before the time was over.
@@ -271,7 +283,7 @@ def tune(
             if losses and over() >= 0.5:
                 finished = False
                 break
-            losses.append(search.loss(candidate, slice(0, count)).mean().item())
+            losses.append(geometric_mean(search.loss(candidate, slice(0, count))))
             say(f"{len(pool)} candidates on {count} images: {number + 1}")
         pool = [pool[rank] for rank in sorted(range(len(losses)), key=lambda rank: losses[rank])]
         plain = next((candidate for candidate in pool if len(set(candidate.weights)) == 1), None)
@@ -288,24 +300,24 @@ def tune(
         best, loss = pool[0], whole
     while over() < 1 and (max_steps is None or steps < max_steps):
         steps += 1
-        say(f"step {steps}, {kept} kept, loss {loss.mean():.5f}")
+        say(f"step {steps}, {kept} kept, loss {geometric_mean(loss):.5f}")
         other = search.changed(best)
         if other is None:
             continue
         # Half of the images say no to most changes.
         half = len(images) // 2
         first = search.loss(other, slice(0, half)) if half else loss[:0]
-        if half and first.mean() >= loss[:half].mean():
+        if half and geometric_mean(first) >= geometric_mean(loss[:half]):
             continue
         whole = torch.cat((first, search.loss(other, slice(half, None))))
         if _better(whole, loss):
             best, loss, kept = other, whole, kept + 1
-    return Result(_plain(best.options), loss.mean().item(), tried, (steps, kept), finished)
+    return Result(_plain(best.options), geometric_mean(loss), tried, (steps, kept), finished)
 
 
 def _better(loss: Tensor, than: Tensor) -> bool:
-    """Whether the mean of the paired gains is above its standard error: a few images alone decide nothing."""
-    gain = than - loss
+    """Whether the mean gain, in logarithms, is above its standard error: a few images alone decide nothing."""
+    gain = _log(than) - _log(loss)
     error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return gain.mean().item() > error
 
@@ -377,7 +389,7 @@ class _Search:
         return Candidate({**options, "num_prop": num_prop}, tuple(weights))
 
     def candidates(self, count: int) -> list[Candidate]:
-        """The baselines at a constant P, then drawn ones; no two alike."""
+        """The baselines at a constant P, LiveGraph with other budgets, then drawn ones; no two alike."""
         depth = len(self.work.blocks)
         n = self.work.num_image_tokens
         found: dict[tuple[Any, ...], Candidate] = {}
@@ -387,6 +399,13 @@ class _Search:
         if not found:
             # Says what is wrong with the target.
             fit(self.work, {**LIVE, "graph_type": "Spatial"}, (1.0,) * depth, self.gmacs)
+        ramp = [1 + block / max(depth - 1, 1) for block in range(depth)]
+        for graph_type in ("Spatial", "Mixed"):
+            options = _fitting({**LIVE, "graph_type": graph_type}, n)
+            # The importance of the first block says little.
+            for weights in (ramp, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
+                if depth > 1 and (made := self.candidate(options, weights)) is not None:
+                    found.setdefault(made.key(), made)
         for _ in range(20 * count):
             if len(found) >= count:
                 break
