@@ -1,9 +1,10 @@
 """``python -m benchmarks.fidelity_tuned``: DINOv2 ViT-S/14, tuned at the GMACs of LiveGraph with a constant P.
 
 The search sees crops of half of the photographs that come inside scikit-image and scikit-learn. The result is judged on
-the other half, whole, and on crops of them; beside it a constant P, GTP as published and ToMe. What was found is in ``benchmarks/results/dinov2-s/tuned.json``, for
-``gtp_vit.patch(model, **json.load(file)["patch"])``. ``--patches`` counts the features of the patches too, and writes
-``tuned-patches.json``. ``--page`` writes the tables of docs/fidelity.md.
+the other half, whole, and on crops of them; beside it a constant P, GTP as published and ToMe. What was found is in
+``benchmarks/results/dinov2-s/tuned.json``, for ``gtp_vit.patch(model, **json.load(file)["patch"])``. ``--patches``
+counts the features of the patches too, and writes ``tuned-patches.json``. ``--page`` writes the tables of
+docs/fidelity.md.
 """
 
 from __future__ import annotations
