@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "gtp_vit.cli.eval:evaluate_command",
     "export": "gtp_vit.cli.export:export",
     "finetune": "gtp_vit.cli.finetune:finetune",
+    "tune": "gtp_vit.cli.tune:tune",
 }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,16 @@ def demo(
     console.print(f"Picture: [bold]{output}[/]", highlight=False)
 
 
-def load_model(name: str, source: str | None = None, img_size: int | None = None) -> tuple[nn.Module, str]:
+def load_model(
+    name: str, source: str | None = None, img_size: int | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, str]:
     """A timm model with its weights, and where they came from in one word.
 
     Args:
         name: as `timm.create_model` takes it.
         source: `demo`, `hub`, `random`, a file, or None for `demo` with the default model.
         img_size: side of the images; None for 224 with the default model, else the model's own.
+        options: more of timm.create_model.
 
     Raises:
         click.UsageError: an unknown model, a size that it does not take, or no weights named for it.
@@ -193,7 +196,7 @@ def load_model(name: str, source: str | None = None, img_size: int | None = None
     else:
         state, origin = weights.read_weights(source), Path(source).name
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    model = common.create_model(name, source == "hub", **sized)
+    model = common.create_model(name, source == "hub", **sized, **(options or {}))
     if state is not None:
         weights.load_weights(model, state, source=origin)
     return model, origin
