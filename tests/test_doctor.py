@@ -14,6 +14,7 @@ import torch
 testing = pytest.importorskip("click.testing")
 pytest.importorskip("timm")
 
+from gtp_kernels import native  # noqa: E402
 from gtp_vit.cli import app, doctor  # noqa: E402
 
 TINY = ("vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "3", "--threads", "1")
@@ -60,8 +61,14 @@ def test_dtype_backend_and_options() -> None:
     (row,) = results(*TINY, "--num-prop", "2", "--dtype", "bfloat16", "--backend", "reference")["results"]
     assert row["backends"] == ["reference"]
     assert row["rate_float32"] > 0
-    if row["reasons"]:
-        assert "plain PyTorch ran, which is slow: the backend reference is forced" in row["reasons"]
+    assert "attention (the backend reference is forced)" in row["notes"]
+
+
+def test_plain_pytorch_is_explained_for_every_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", "it was left at home")
+    for row in results(*TINY, "--num-prop", "1,2")["results"]:
+        assert set(row["backends"]) == {"reference"}
+        assert any("cpu: it was left at home" in note for note in row["notes"])
 
 
 def test_a_model_that_cannot_be_sliced() -> None:

@@ -58,7 +58,7 @@ class Measured:
         rate_float32: the same in float32, where the dtype is another and the device a CPU.
         busy: the share of the unpatched model's time that its products would take at that rate.
         backends: what ran the ops of the patched model.
-        notes: warnings that it gave.
+        notes: why ops ran in plain PyTorch, where some did.
     """
 
     mode: str
@@ -245,11 +245,10 @@ def measure(
     modules: dict[str, nn.Module] = {"unpatched": model, "patched": patched}
     with contextlib.suppress(TypeError):  # other blocks than timm's: there is no such baseline
         modules["sliced"] = slicing.sliced(model, num_prop)
-    with warnings.catch_warnings(record=True) as caught, backends.record() as ran:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(), backends.record() as ran:
+        warnings.simplefilter("ignore", backends.BackendWarning)  # said in the reasons, for every P
         with gtp_vit.trace(patched) as trace:
             patched(images[:1])
-    notes = tuple(str(w.message) for w in caught if issubclass(w.category, backends.BackendWarning))
     with _runnable(modules, mode, images) as calls:
         products, macs = _products(setting, images.device)
         seconds = timing.interleave({**calls, **products}, rounds=rounds, device=images.device, min_seconds=0.01)
@@ -269,8 +268,15 @@ def measure(
         rate_float32=rates.get("float32"),
         busy=setting.gmacs * setting.batch / rate / seconds["unpatched"].median,
         backends=tuple(sorted({name for _, name in ran})),
-        notes=notes,
+        notes=tuple(_why_plain(op, images.device.type) for op, name in dict.fromkeys(ran) if name == "reference"),
     )
+
+
+def _why_plain(op: str, device: str) -> str:
+    if backends.forced() is not None:
+        return f"{op} (the backend reference is forced)"
+    refusals = {name: backends.refusal(name, op, device) for name in backends.NAMES}
+    return f"{op} ({'; '.join(f'{name}: {reason}' for name, reason in refusals.items() if reason)})"
 
 
 def _sharing(model: nn.Module) -> nn.Module:
@@ -317,7 +323,7 @@ def reasons(setting: Setting, one: Measured) -> Iterator[str]:
     if one.pays and gain - 1 >= saved / 2:
         return
     if "reference" in one.backends:
-        yield f"plain PyTorch ran, which is slow: {one.notes[0] if one.notes else 'the backend reference is forced'}"
+        yield f"plain PyTorch ran, which is slow: {', '.join(one.notes)}"
     if one.promise < _LITTLE_WORK:
         yield (
             f"too few tokens leave: P = {one.num_prop} of {setting.image_tokens} in each of {setting.blocks} blocks "
