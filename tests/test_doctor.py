@@ -14,6 +14,7 @@ import torch
 testing = pytest.importorskip("click.testing")
 pytest.importorskip("timm")
 
+from gtp_kernels import native  # noqa: E402
 from gtp_vit.cli import app, doctor  # noqa: E402
 
 TINY = ("vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "3", "--threads", "1")
@@ -60,8 +61,14 @@ def test_dtype_backend_and_options() -> None:
     (row,) = results(*TINY, "--num-prop", "2", "--dtype", "bfloat16", "--backend", "reference")["results"]
     assert row["backends"] == ["reference"]
     assert row["rate_float32"] > 0
-    if row["reasons"]:
-        assert "plain PyTorch ran, which is slow: the backend reference is forced" in row["reasons"]
+    assert "attention (the backend reference is forced)" in row["notes"]
+
+
+def test_plain_pytorch_is_explained_for_every_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", "it was left at home")
+    for row in results(*TINY, "--num-prop", "1,2")["results"]:
+        assert set(row["backends"]) == {"reference"}
+        assert any("cpu: it was left at home" in note for note in row["notes"])
 
 
 def test_a_model_that_cannot_be_sliced() -> None:
@@ -150,6 +157,10 @@ SLOW: dict[str, Any] = dict(speedup=(0.95, 0.9, 1.02))
         ({**SLOW, "slicing": 0.94, "busy": 0.1}, ["the time does not follow", "launch-bound, or bound by memory"]),
         ({**SLOW, "slicing": None, "rate": 90.0}, ["bfloat16 has no fast path on this CPU: 90 GMAC/s, against 200"]),
         ({**SLOW, "slicing": None, "backends": ("cpu", "reference"), "notes": ("no kernels",)}, ["plain PyTorch ran"]),
+        (
+            {**SLOW, "speedup": (0.9, 0.6, 1.2), "slicing": None},
+            ["the machine is too busy to tell: quartiles from ×0.60"],
+        ),
         # It pays, and yet gives less than half of what it might.
         ({"speedup": (1.1, 1.05, 1.15)}, ["scores, selection and propagation cost"]),
     ],

@@ -8,6 +8,7 @@ is inside the library, so that neither is a reason to refuse to load. Needs read
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,11 @@ RUN_PATHS = {"libgtp_kernels": "$ORIGIN/../torch/lib", "_C": "$ORIGIN"}
 
 def readelf(option: str, path: Path) -> str:
     return subprocess.run(
-        ["readelf", option, "--wide", str(path)], capture_output=True, text=True, check=True, env={"LC_ALL": "C"}
+        ["readelf", option, "--wide", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"LC_ALL": "C"},
     ).stdout
 
 

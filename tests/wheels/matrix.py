@@ -45,7 +45,8 @@ def beside(release: str, wheel: Path, folder: Path) -> str | None:
     place = folder / "environment"
     python = str(place / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-    index = ["--extra-index-url", CPU_INDEX] if release.endswith("+cpu") else []
+    # An index that cannot be reached must not hold up a release that another one has.
+    index = ["--extra-index-url", CPU_INDEX, "--retries", "0", "--timeout", "20"] if release.endswith("+cpu") else []
     shutil.copy(SMOKE, folder / "ops.py")
     shutil.copy(HERE / "smoke.py", folder / "wheel.py")
     try:

@@ -38,6 +38,8 @@ _PRODUCT_ROWS = 4096
 _SHARES = (0.125, 0.25, 0.5, 0.75)
 # A model whose products would take less than this share of its time is bound by something else.
 _BUSY = 0.5
+# Quartiles further apart than this tell little.
+_NOISY = 1.5
 # Less work than this to save, and the noise of a machine hides it.
 _LITTLE_WORK = 1.08
 
@@ -58,7 +60,7 @@ class Measured:
         rate_float32: the same in float32, where the dtype is another and the device a CPU.
         busy: the share of the unpatched model's time that its products would take at that rate.
         backends: what ran the ops of the patched model.
-        notes: warnings that it gave.
+        notes: why ops ran in plain PyTorch, where some did.
     """
 
     mode: str
@@ -245,15 +247,15 @@ def measure(
     modules: dict[str, nn.Module] = {"unpatched": model, "patched": patched}
     with contextlib.suppress(TypeError):  # other blocks than timm's: there is no such baseline
         modules["sliced"] = slicing.sliced(model, num_prop)
-    with warnings.catch_warnings(record=True) as caught, backends.record() as ran:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(), backends.record() as ran:
+        warnings.simplefilter("ignore", backends.BackendWarning)  # said in the reasons, for every P
         with gtp_vit.trace(patched) as trace:
             patched(images[:1])
-    notes = tuple(str(w.message) for w in caught if issubclass(w.category, backends.BackendWarning))
     with _runnable(modules, mode, images) as calls:
         products, macs = _products(setting, images.device)
         seconds = timing.interleave({**calls, **products}, rounds=rounds, device=images.device, min_seconds=0.01)
-    rates = {label.split()[-1]: macs / seconds.pop(label).median / 1e9 for label in products}
+    # The fastest sample of each: what disturbed a slower one is no property of the model.
+    rates = {label.split()[-1]: macs / min(seconds.pop(label).samples) / 1e9 for label in products}
     rate = rates.pop(setting.dtype)
     gain = seconds["unpatched"].ratio(seconds["patched"])
     freely = seconds["unpatched"].ratio(seconds["sliced"]).median if "sliced" in seconds else None
@@ -267,10 +269,17 @@ def measure(
         promise=setting.gmacs / gtp_vit.gmacs(patched, images[:1]),
         rate=rate,
         rate_float32=rates.get("float32"),
-        busy=setting.gmacs * setting.batch / rate / seconds["unpatched"].median,
+        busy=setting.gmacs * setting.batch / rate / min(seconds["unpatched"].samples),
         backends=tuple(sorted({name for _, name in ran})),
-        notes=notes,
+        notes=tuple(_why_plain(op, images.device.type) for op, name in dict.fromkeys(ran) if name == "reference"),
     )
+
+
+def _why_plain(op: str, device: str) -> str:
+    if backends.forced() is not None:
+        return f"{op} (the backend reference is forced)"
+    refusals = {name: backends.refusal(name, op, device) for name in backends.NAMES}
+    return f"{op} ({'; '.join(f'{name}: {reason}' for name, reason in refusals.items() if reason)})"
 
 
 def _sharing(model: nn.Module) -> nn.Module:
@@ -316,8 +325,10 @@ def reasons(setting: Setting, one: Measured) -> Iterator[str]:
     gain, saved = one.speedup[0], one.promise - 1
     if one.pays and gain - 1 >= saved / 2:
         return
+    if one.speedup[2] > _NOISY * one.speedup[1]:
+        yield f"the machine is too busy to tell: quartiles from ×{one.speedup[1]:.2f} to ×{one.speedup[2]:.2f}"
     if "reference" in one.backends:
-        yield f"plain PyTorch ran, which is slow: {one.notes[0] if one.notes else 'the backend reference is forced'}"
+        yield f"plain PyTorch ran, which is slow: {', '.join(one.notes)}"
     if one.promise < _LITTLE_WORK:
         yield (
             f"too few tokens leave: P = {one.num_prop} of {setting.image_tokens} in each of {setting.blocks} blocks "
@@ -331,7 +342,7 @@ def reasons(setting: Setting, one: Measured) -> Iterator[str]:
     if one.busy < _BUSY:
         yield (
             f"launch-bound, or bound by memory: at the {one.rate:.0f} GMAC/s measured here the products would take "
-            f"{one.busy:.0%} of the unpatched model's {one.milliseconds['unpatched']:.1f} ms; "
+            f"{one.busy:.0%} of the unpatched model's time; "
             "a larger batch, --compile, or on a GPU gtp_vit.graphed may help"
         )
     if one.rate_float32 is not None and one.rate < one.rate_float32:
