@@ -11,6 +11,7 @@
 #include <exception>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -62,6 +63,12 @@ void check_package(const std::string& path) {
   if (std::string(magic, 2) != "PK") {
     throw std::runtime_error(path +
                              ": not a package, which is a zip archive; write one with gtp-vit export --format aoti");
+  }
+  // torch's loader ends the process where an archive has no compiled model. Entries are named as they are.
+  std::string rest((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (rest.find(".wrapper.so") == std::string::npos) {
+    throw std::runtime_error(path +
+                             ": an archive without a compiled model; write one with gtp-vit export --format aoti");
   }
 }
 
