@@ -34,11 +34,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 # A test that reaches for a model hub fails at once instead of waiting for the network.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-CXX_SOURCES := $(shell find csrc tests/native -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
+CXX_SOURCES := $(shell find csrc tests/native examples -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread lint arm64 format demo wheel info \
-  compile-check compile-check-all gpu gpu-dry-run readme clean distclean
+.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread lint arm64 format demo \
+  example-cpp wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -83,7 +83,8 @@ test: build  ## the test suite
 	@$(ONE_THREAD) $(PYTEST) -m 'not serial' -n $(WORKERS) --dist worksteal --durations=10 --durations-min=5 $(ARGS)
 
 # The same tests as above, on the Triton kernels; tests/skips.py says what is left out, and why.
-INTERPRETED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py patch_timm.py)
+INTERPRETED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py live.py \
+  patch_timm.py)
 
 test-triton: build  ## the tests of the ops and of a patched model on the Triton kernels, in the interpreter
 	@echo "-- Triton kernels in the interpreter: $(INTERPRETED)"
@@ -184,10 +185,27 @@ format: build  ## what ruff and clang-format can mend
 demo: build  ## a real Vision Transformer, faster, on real photographs; writes demo.png
 	@$(BIN)/gtp-vit demo $(ARGS)
 
-wheel: build  ## dist/*.whl, with the native library inside
-	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that are gone
+example-cpp: build  ## examples/cpp, built, and its logits compared with PyTorch's
+	@$(ONE_THREAD) $(PYTEST) tests/test_cli_export.py -m slow -k cpp --durations=0 $(ARGS)
+
+wheel: build  ## dist/*.whl, with the native library inside; checks what that needs from a system
+	@rm -rf build/lib* build/bdist* dist/*.whl  # setuptools would pack modules that are gone
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist
+	@$(BIN)/python tests/wheels/check.py dist/*.whl
+
+# TORCH_RELEASES="2.11.0 2.15.0" for fewer of them; each is a download of up to 3 GB, and removed before the next.
+matrix: wheel  ## that wheel beside every supported release of torch, in fresh environments
+	@$(BIN)/python tests/wheels/matrix.py dist/*.whl $(if $(TORCH_RELEASES),--torch $(TORCH_RELEASES))
+
+# No index at all: the sources bring everything but what pyproject.toml names as needed for a build.
+sdist: build  ## dist/*.tar.gz, and a wheel from it, without a network and without a CUDA toolkit
+	@rm -rf build/sdist dist/*.tar.gz
+	@$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	@ls -l dist/*.tar.gz
+	@GTP_NATIVE=1 GTP_CUDA=0 CUDACXX= CUDA_HOME= $(PIP) wheel --no-index --no-deps --no-build-isolation \
+	  --wheel-dir build/sdist dist/*.tar.gz
+	@$(BIN)/python tests/wheels/check.py build/sdist/*.whl
 
 info: build  ## what was built, which backends run here, and why the others do not
 	@$(BIN)/python -m gtp_kernels.info

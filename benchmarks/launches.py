@@ -307,7 +307,7 @@ def _caches() -> list[Callable[[], None]]:
 
 def shape_classes() -> list[ShapeClass]:
     """The shape classes that ship: DeiT-S, ViT-B/8, head sizes 16 to 256, and every variant of a kernel."""
-    return [*_attention_classes(), *_select_classes(), *_propagate_classes(), *_graph_classes()]
+    return [*_attention_classes(), *_select_classes(), *_propagate_classes(), *_graph_classes(), *_live_classes()]
 
 
 _NUM_PROP = 8
@@ -490,3 +490,34 @@ def _graph_classes() -> Iterator[ShapeClass]:
 
 def _build(stream: Stream, graph_type: str) -> tuple[Any, ...]:
     return stream.x(), stream.side, stream.side, graph_type, 8, stream.prefix, "official"
+
+
+def _live_classes() -> Iterator[ShapeClass]:
+    for name, stream in _streams():
+        for size in (64, 16, 80, 128, 256) if stream.channels == 384 and stream.dtype != torch.float16 else (64,):
+            arguments = partial(_live_select, stream, size)
+            yield ShapeClass("live_select", f"{name} d{size}", arguments, stream.may_spill)
+        every = stream.channels == 384 and stream.dtype == torch.bfloat16
+        for norm in ("layer", "rms", "none") if every else ("layer",):
+            for layer_scale in (False, True) if every else (True,):
+                arguments = partial(_live_merge, stream, norm, layer_scale)
+                yield ShapeClass("live_merge", f"{name} {norm}", arguments, stream.may_spill)
+
+
+def _live_select(stream: Stream, size: int) -> tuple[Any, ...]:
+    """k is a view of a projection, as in a block."""
+    n, tokens = stream.side**2, stream.prefix + stream.side**2
+    k = _empty(stream.batch, tokens, 3, max(stream.channels // size, 1), size, dtype=stream.dtype)
+    indptr, indices, _, token = stream.graph("GraphProp")
+    live = (indptr, torch.cat((indices, indices), 1), token)
+    importance = _empty(stream.batch, n, dtype=_wide(stream.dtype))
+    return k[:, :, 1].transpose(1, 2), importance, *live, _empty(stream.batch, tokens), _NUM_PROP, 0.25, stream.prefix
+
+
+def _live_merge(stream: Stream, norm: str, layer_scale: bool) -> tuple[Any, ...]:
+    gamma, weight, bias = (_empty(stream.channels, dtype=stream.dtype) for _ in range(3))
+    kept, prop = stream.indices()
+    selection = (kept, prop, torch.empty_like(prop), _empty(stream.batch, stream.side**2))
+    affine = (None if norm == "none" else weight, bias if norm == "layer" else None)
+    inputs = (stream.x(), stream.x(), gamma if layer_scale else None, *selection, *affine)
+    return (*inputs, 1e-6, norm, stream.prefix)

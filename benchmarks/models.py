@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import gtp_kernels
 import gtp_vit
 from benchmarks.registry import Case, Setting, agree
 from benchmarks.tome import MergeOnly, ToMe
-from gtp_vit import linear
+from gtp_vit.slicing import sliced
 
 COMPILE_MODES = ("none", "default", "max-autotune")
 
@@ -71,40 +70,6 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
     about = {"model": name, "batch": batch, "num_prop": num_prop, "compile": compile_mode, "sparsity": 0.6}
     return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
-
-
-def sliced(model: Any, num_prop: int, *, fused: bool = False) -> Any:
-    """A copy of a timm model (the weights are shared) that drops the last P tokens between attention and MLP.
-
-    ``fused``: its linear layers are those of a patched model, ``gtp_vit.linear``.
-    """
-    out = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for block in out.blocks:
-        block.__class__ = _sliced_block(type(block), num_prop, fused)
-    return out
-
-
-def _sliced_block(base: type, num_prop: int, fused: bool) -> type:
-    class Sliced(base):
-        def forward(self, x: Tensor) -> Tensor:
-            branch = _attention(self.attn, self.norm1(x)) if fused else self.attn(self.norm1(x))
-            x = x + self.drop_path1(self.ls1(branch))
-            x = x[:, : x.shape[1] - num_prop]
-            normed = self.norm2(x)
-            if fused and isinstance(self.ls2, nn.Identity):
-                return linear.feed_forward(self.mlp, normed, x.contiguous())
-            return x + self.drop_path2(self.ls2(linear.feed_forward(self.mlp, normed) if fused else self.mlp(normed)))
-
-    return Sliced
-
-
-def _attention(attention: Any, x: Tensor) -> Tensor:
-    batch, num_tokens, channels = x.shape
-    qkv = linear.linear(attention.qkv, x).reshape(batch, num_tokens, 3, attention.num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    return linear.linear(attention.proj, attention.norm(out.transpose(1, 2).reshape(batch, num_tokens, channels)))
 
 
 def _compiled(module: Any, mode: str) -> Callable[[Tensor], object]:

@@ -12,6 +12,7 @@ and the MLP:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,18 @@ def merge(x: Tensor, size: Tensor, matching: Matching, num_prefix: int) -> tuple
     return out / out_size.unsqueeze(-1).to(x.dtype), out_size
 
 
+def unmerge(x: Tensor, matchings: Sequence[Matching]) -> Tensor:
+    """Every original image token [B, n, C] as the row of x [B, m, C], image tokens only, that it was merged into."""
+    for matching in reversed(matchings):
+        alone, others = matching.kept.shape[1], x.shape[1] - matching.kept.shape[1]
+        rows = torch.empty(len(x), x.shape[1] + matching.source.shape[1], dtype=torch.int64, device=x.device)
+        rows.scatter_(1, matching.kept, torch.arange(alone, device=x.device).expand_as(matching.kept))
+        rows[:, 1::2] = alone + torch.arange(others, device=x.device)
+        rows.scatter_(1, matching.source, alone + matching.target // 2)
+        x = x.gather(1, _wide(rows, x.shape[-1]))
+    return x
+
+
 def _wide(index: Tensor, width: int) -> Tensor:
     return index.unsqueeze(-1).expand(-1, -1, width)
 
@@ -89,15 +102,22 @@ class ToMe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images [B, 3, H, W]."""
+        logits: Tensor = self.model.forward_head(self.forward_features(images))
+        return logits
+
+    def forward_features(self, images: Tensor, matchings: list[Matching] | None = None) -> Tensor:
+        """The tokens that remain, after the last norm; ``matchings``, where given, takes that of every block."""
         model = self.model
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         size = None
         for block in model.blocks:
-            x, size = self._block(block, x, size)
-        logits: Tensor = model.forward_head(model.norm(x))
-        return logits
+            x, size = self._block(block, x, size, matchings)
+        tokens: Tensor = model.norm(x)
+        return tokens
 
-    def _block(self, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _block(
+        self, block: Any, x: Tensor, size: Tensor | None, matchings: list[Matching] | None
+    ) -> tuple[Tensor, Tensor | None]:
         attention = block.attn
         batch, num_tokens, _ = x.shape
         qkv = attention.qkv(block.norm1(x)).reshape(batch, num_tokens, 3, attention.num_heads, -1)
@@ -110,7 +130,10 @@ class ToMe(nn.Module):
         if self.r:
             size = torch.ones(batch, num_tokens, device=x.device) if size is None else size
             prefix = self.model.num_prefix_tokens
-            x, size = merge(x, size, bipartite_soft_matching(k.mean(1)[:, prefix:], self.r), prefix)
+            matching = bipartite_soft_matching(k.mean(1)[:, prefix:], self.r)
+            if matchings is not None:
+                matchings.append(matching)
+            x, size = merge(x, size, matching, prefix)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 import gtp_kernels
 import gtp_vit
 from benchmarks.measure import measure, provenance
-from benchmarks.models import sliced
 from benchmarks.registry import agree
 from benchmarks.run import table_of
+from gtp_vit.slicing import sliced
 
 CPU = torch.device("cpu")
 

@@ -462,6 +462,109 @@ struct Ops {
     return {*step.x_out, *step.normed, *step.token_out, *step.scales_out};
   }
 
+  // The merge of live edges: the transition with a target and a share for each row in place of a graph.
+  static std::tuple<Tensor, Tensor> live_merge(const Tensor& x, const Tensor& branch, const Optional& layer_scale,
+                                               const Tensor& index_kept, const Tensor& index_prop, const Tensor& target,
+                                               const Tensor& share, const Optional& norm_weight,
+                                               const Optional& norm_bias, double norm_eps, const std::string& norm,
+                                               int64_t num_prefix) {
+    check_dim("x", x, 3, "[B, N, C]");
+    const Selection selection = selection_of(index_kept, index_prop, x.size(0));
+    Step step = step_of(x, &branch, layer_scale, {}, {}, {}, {}, selection.kept.size(1), selection.prop.size(1), {},
+                        norm_weight, norm_bias, norm_eps, norm, "None", 0.0, num_prefix);
+    PropagateParams& p = step.params;
+    set_selection(p, selection);
+    check_type("target", target, ScalarType::Long);
+    check_shape("target", target, {p.batch, p.prop}, "[B, P]");
+    check_type("share", share, ScalarType::Float);
+    check_shape("share", share, {p.batch, p.tokens - p.prefix}, "[B, N - num_prefix]");
+    const Tensor targets = to_contiguous(target), shares = to_contiguous(share);
+    p.standard = Standard::Merge;
+    p.target = static_cast<const int64_t*>(targets.const_data_ptr());
+    p.share = static_cast<const float*>(shares.const_data_ptr());
+    Device(x).propagate(p);
+    return {*step.x_out, *step.normed};
+  }
+
+  static std::tuple<Tensor, Tensor> live_graph_op(const Tensor& indptr, const Tensor& indices) {
+    check_type("indptr", indptr, ScalarType::Int);
+    check_type("indices", indices, ScalarType::Int);
+    check_dim("indptr", indptr, 2, "[B, n + 1]");
+    check_dim("indices", indices, 2, "[B, E]");
+    LiveGraphParams p;
+    p.batch = indptr.size(0);
+    p.count = indptr.size(1) - 1;
+    p.capacity = indices.size(1);
+    GTP_CHECK(p.count >= 0 && 2 * p.capacity <= std::numeric_limits<int32_t>::max(), "indptr has shape ",
+              shape_of(indptr), " and indices ", shape_of(indices), "; 2 E must be within int32");
+    check_shape("indices", indices, {p.batch, p.capacity}, "[B, E]");
+    const Tensor from = to_contiguous(indptr), columns = to_contiguous(indices);
+    p.indptr = static_cast<const int32_t*>(from.const_data_ptr());
+    p.indices = static_cast<const int32_t*>(columns.const_data_ptr());
+    Tensor live_indptr = empty(indptr, {p.batch, p.count + 1}, ScalarType::Int);
+    Tensor live_indices = empty(indptr, {p.batch, 2 * p.capacity}, ScalarType::Int);
+    p.live_indptr = static_cast<int32_t*>(live_indptr.mutable_data_ptr());
+    p.live_indices = static_cast<int32_t*>(live_indices.mutable_data_ptr());
+    Device(indptr).live_graph(p);
+    return {live_indptr, live_indices};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> live_select_op(
+      const Tensor& k, const Tensor& importance, const Tensor& indptr, const Tensor& indices, const Tensor& rep,
+      const Tensor& sizes, int64_t num_prop, double gamma, int64_t num_prefix) {
+    LiveSelectParams p;
+    p.dtype = floating("k", k);
+    check_dim("k", k, 4, "[B, H, N, d]");
+    p.batch = k.size(0);
+    p.heads = k.size(1);
+    p.tokens = k.size(2);
+    p.head_size = k.size(3);
+    p.prefix = num_prefix;
+    check_prefix(num_prefix, p.tokens);
+    const int64_t count = p.tokens - num_prefix;
+    GTP_CHECK(num_prop >= 0 && (num_prop < count || num_prop == 0), "num_prop is ", num_prop, "; it must be in [0, ",
+              count, ")");
+    GTP_CHECK(count <= std::numeric_limits<int32_t>::max(), "there are ", count, " image tokens; n must fit int32");
+    p.prop = num_prop;
+    p.gamma = gamma;
+    Optional values;
+    p.importance = vector_of("importance", importance, {p.batch, count}, "[B, N - num_prefix]", true, values);
+    check_type("indptr", indptr, ScalarType::Int);
+    check_type("indices", indices, ScalarType::Int);
+    check_type("rep", rep, ScalarType::Int);
+    check_type("sizes", sizes, ScalarType::Float);
+    check_dim("rep", rep, 2, "[B, n0]");
+    check_dim("indices", indices, 2, "[B, E]");
+    p.origins = rep.size(1);
+    p.capacity = indices.size(1);
+    check_shape("rep", rep, {p.batch, p.origins}, "[B, n0]");
+    check_shape("indptr", indptr, {p.batch, p.origins + 1}, "[B, n0 + 1]");
+    check_shape("indices", indices, {p.batch, p.capacity}, "[B, E]");
+    check_shape("sizes", sizes, {p.batch, p.tokens}, "[B, N]");
+    const Tensor from = to_contiguous(indptr), columns = to_contiguous(indices), carrier = to_contiguous(rep);
+    const Tensor counts = to_contiguous(sizes);
+    p.k = k.const_data_ptr();
+    strides_of(k, p.stride_k);
+    p.indptr = static_cast<const int32_t*>(from.const_data_ptr());
+    p.indices = static_cast<const int32_t*>(columns.const_data_ptr());
+    p.rep = static_cast<const int32_t*>(carrier.const_data_ptr());
+    p.sizes = static_cast<const float*>(counts.const_data_ptr());
+    Tensor kept = empty(k, {p.batch, count - num_prop}, ScalarType::Long);
+    Tensor prop = empty(k, {p.batch, num_prop}, ScalarType::Long);
+    Tensor target = empty(k, {p.batch, num_prop}, ScalarType::Long);
+    Tensor share = empty(k, {p.batch, count}, ScalarType::Float);
+    Tensor sizes_out = empty(k, {p.batch, p.tokens - num_prop}, ScalarType::Float);
+    Tensor rep_out = empty(k, {p.batch, p.origins}, ScalarType::Int);
+    p.index_kept = static_cast<int64_t*>(kept.mutable_data_ptr());
+    p.index_prop = static_cast<int64_t*>(prop.mutable_data_ptr());
+    p.target = static_cast<int64_t*>(target.mutable_data_ptr());
+    p.share = static_cast<float*>(share.mutable_data_ptr());
+    p.sizes_out = static_cast<float*>(sizes_out.mutable_data_ptr());
+    p.rep_out = static_cast<int32_t*>(rep_out.mutable_data_ptr());
+    Device(k).live_select(p);
+    return {kept, prop, target, share, sizes_out, rep_out};
+  }
+
   static std::tuple<Tensor, Tensor, Tensor> propagate_op(const Tensor& x, const Optional& indptr,
                                                          const Optional& indices, const Optional& values,
                                                          const Optional& token, const Tensor& index_kept,

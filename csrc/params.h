@@ -28,7 +28,7 @@
 namespace gtp {
 
 enum class DType : int32_t { Float32, Float64, BFloat16, Float16 };
-enum class Standard : int32_t { None, Mean, GraphProp };
+enum class Standard : int32_t { None, Mean, GraphProp, Merge };
 enum class Norm : int32_t { None, Layer, Rms };
 enum class GraphType : int32_t { Spatial, Semantic, Mixed };
 enum class Aggregate : int32_t { Mean, Max };
@@ -119,8 +119,9 @@ struct GraphView {
 // y = x, or x + layer_scale * branch. x_out = the prefix rows of y, then for each kept i, in order,
 //   y_i + alpha * sum_j values(token_i -> token_j) y_j     over the propagated j, in CSR order;
 // a row without such an edge is copied bit for bit. Mean appends the mean of the propagated rows (nothing for P = 0),
-// None appends nothing; neither reads the graph. Rounded once, then normed = norm(x_out) reads the rounded values.
-// token_scales go the same way, except that Mean appends their sum.
+// None appends nothing; neither reads the graph. Merge: share_i y_i + sum_j share_j y_j over the j whose target is i, a
+// row without any copied bit for bit, and no token_scales. Rounded once, then normed = norm(x_out) reads the rounded
+// values. token_scales go the same way, except that Mean appends their sum.
 struct PropagateParams {
   Rows x, branch;      // [B, N, C]; branch.data may be null
   Vector layer_scale;  // [C]
@@ -129,7 +130,9 @@ struct PropagateParams {
   GraphView graph;
   Standard standard = Standard::GraphProp;
   double alpha = 0;
-  Vector token_scales;  // [B, N], Float32 or Float64
+  const int64_t* target = nullptr;  // [B, P], Merge: the kept row, 0 to K - 1, or -1 for a row that is dropped
+  const float* share = nullptr;     // [B, N - prefix], Merge
+  Vector token_scales;              // [B, N], Float32 or Float64
   Norm norm = Norm::None;
   Vector norm_weight, norm_bias;  // [C]
   double norm_eps = 0;
@@ -185,6 +188,30 @@ struct GraphParams {
   int64_t capacity = 0;    // graph_capacity(...)
   int32_t *indptr = nullptr, *indices = nullptr;
   float* values = nullptr;
+};
+
+// Both directions of every edge, once, sorted by column: the CSR of live edges.
+struct LiveGraphParams {
+  const int32_t *indptr = nullptr, *indices = nullptr;  // [B, n + 1], [B, capacity]
+  int64_t batch = 0, count = 0, capacity = 0;
+  int32_t *live_indptr = nullptr, *live_indices = nullptr;  // [B, n + 1], [B, 2 * capacity]
+};
+
+// Which rows leave, and where each goes, by live edges: reference/live.py is the definition. T: double for keys of
+// Float64, else float.
+struct LiveSelectParams {
+  const void* k = nullptr;
+  int64_t stride_k[4] = {};  // [B, H, N, d], any strides
+  DType dtype = DType::Float32;
+  Vector importance;                                                    // [B, n], Float32 or Float64
+  const int32_t *indptr = nullptr, *indices = nullptr, *rep = nullptr;  // [B, n0 + 1], [B, E], [B, n0]
+  const float* sizes = nullptr;                                         // [B, N]
+  int64_t batch = 0, heads = 0, tokens = 0, head_size = 0, prefix = 0, prop = 0;
+  int64_t origins = 0, capacity = 0;
+  double gamma = 0;
+  int64_t *index_kept = nullptr, *index_prop = nullptr, *target = nullptr;  // [B, n - P], [B, P], [B, P]
+  float *share = nullptr, *sizes_out = nullptr;                             // [B, n], [B, N - P]
+  int32_t* rep_out = nullptr;                                               // [B, n0]
 };
 
 GTP_API int64_t graph_neighbours(int64_t count, int64_t asked, int64_t prefix, bool paper);

@@ -63,6 +63,14 @@ struct Cpu {
   void build_graph(const GraphParams& p, const Tensor&) {
     kernels().build_graph(p, kParallel);
   }
+  void live_graph(const LiveGraphParams& p) {
+    Error error;
+    GTP_CHECK(gtp::live_graph(p, kParallel, error), error.text);
+  }
+  void live_select(const LiveSelectParams& p) {
+    Error error;
+    GTP_CHECK(kernels().live_select(p, kParallel, error), error.text);
+  }
 };
 #endif
 
@@ -184,6 +192,9 @@ STABLE_TORCH_LIBRARY_IMPL(gtp_kernels, CPU, m) {
   m.impl("residual_propagate_norm", TORCH_BOX(&On::residual_propagate_norm));
   m.impl("select_residual_propagate_norm", TORCH_BOX(&On::select_residual_propagate_norm));
   m.impl("build_graph", TORCH_BOX(&On::build_graph_op));
+  m.impl("live_graph", TORCH_BOX(&On::live_graph_op));
+  m.impl("live_select", TORCH_BOX(&On::live_select_op));
+  m.impl("live_merge", TORCH_BOX(&On::live_merge));
 }
 #endif
 

@@ -8,10 +8,13 @@ from importlib import metadata
 
 from gtp_kernels import reference
 from gtp_kernels.backends import BackendWarning, use_backend
-from gtp_kernels.graph import TokenGraph
+from gtp_kernels.graph import LiveGraph, LiveSelection, TokenGraph
 from gtp_kernels.ops import (
     attention_with_scores,
     build_graph,
+    live_graph,
+    live_merge,
+    live_select,
     propagate,
     residual_propagate_norm,
     select,
@@ -28,9 +31,14 @@ except metadata.PackageNotFoundError:  # a source tree that was not installed
 __all__ = [
     "AttentionScores",
     "BackendWarning",
+    "LiveGraph",
+    "LiveSelection",
     "TokenGraph",
     "attention_with_scores",
     "build_graph",
+    "live_graph",
+    "live_merge",
+    "live_select",
     "propagate",
     "reference",
     "residual_propagate_norm",

@@ -26,7 +26,7 @@ from torch import Tensor
 from gtp_kernels import native
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("attention", "select", "propagate", "graph")
+OPS = ("attention", "select", "propagate", "graph", "live")
 EVIDENCE = Path(__file__).with_name("evidence.json")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _DIFFERENTIABLE = ("attention", "propagate")
@@ -155,6 +155,8 @@ def refusal(
         return None if device_type in ("cpu", "meta") else f"it takes CPU tensors; these are on {device_type}"
     if backend == "triton":
         return _triton_refusal(device_type)
+    if op == "live":
+        return "it has no kernels for live edges (triton has)"
     missing = native.emulation_missing() if native.EMULATED else native.cuda_missing()
     return missing or _cuda_refusal(op, device_type, dtype, needs_grad, dense, size_fits)
 

@@ -32,6 +32,8 @@ SCORE_STANDARDS = (
 )
 MAP_STANDARDS = ("CosSimMean", "CosSimMax")
 STANDARDS = (*SCORE_STANDARDS, *MAP_STANDARDS, "Random")
+# The paper's names of what the authors' code calls IMGAttn.
+ALIASES = {"BroadAttnMean": "IMGAttnMean", "BroadAttnMax": "IMGAttnMax"}
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -43,6 +45,13 @@ def choice(name: str, value: object, options: Iterable[str]) -> str:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
     return value
+
+
+def standard(name: str, value: object, options: Iterable[str]) -> str:
+    """``value`` if it is one of ``options``, which name standards; an alias gives the name that it stands for."""
+    if isinstance(value, str):
+        value = ALIASES.get(value, value)
+    return choice(name, value, options)
 
 
 def integer(name: str, value: object, low: int = 0) -> int:

@@ -2,12 +2,13 @@
 
 The CSR stays over the n original image tokens for the whole network. What a layer changes is only the view of it:
 ``token`` says which original token stands behind each current row. An edge counts in a layer when its source
-leaves there and its target stays.
+leaves there and its target stays. LiveGraph is the same for edges whose weights follow the keys of the block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,4 +96,56 @@ class TokenGraph:
         return cls(indptr, indices * filled, torch.where(filled, values, 0.0), token)
 
 
+@dataclass(frozen=True, eq=False)
+class LiveGraph:
+    """The edges of a token graph in both directions, and which current row carries each original token.
+
+    Made by :func:`gtp_kernels.live_graph`. The edges of a row are those of all the tokens that it carries.
+
+    Attributes:
+        indptr: int32 [B, n+1]; indices: int32 [B, E]: one CSR per image over the n original image tokens, symmetric,
+            rows ascending; what lies beyond ``indptr[:, n]`` is padding (zero).
+        rep: int32 [B, n]; the current image row (prefix rows not counted) that carries each original token, −1 where
+            it was dropped.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    rep: Tensor
+
+    def adjacency(self, num_rows: int) -> Tensor:
+        """bool [B, m, m]: which of the ``num_rows`` current rows have an edge between what they carry."""
+        batch, num_edges = self.indices.shape
+        slots = torch.arange(num_edges, dtype=torch.int32, device=self.indptr.device).expand(batch, -1).contiguous()
+        start = torch.searchsorted(self.indptr[:, 1:].contiguous(), slots, right=True)
+        filled = slots < self.indptr[:, -1:]
+        last = max(self.rep.shape[1] - 1, 0)
+        rows = self.rep.gather(1, start.clamp(max=last)).long() if num_edges else start
+        columns = self.rep.gather(1, self.indices.long()).long()
+        edge = filled & (rows >= 0) & (columns >= 0) & (rows != columns)
+        cells = torch.where(edge, rows * num_rows + columns, num_rows * num_rows)
+        found = torch.zeros(batch, num_rows * num_rows + 1, dtype=torch.bool, device=self.indptr.device)
+        return found.scatter_(1, cells, True)[:, :-1].reshape(batch, num_rows, num_rows)
+
+
+class LiveSelection(NamedTuple):
+    """What :func:`gtp_kernels.live_select` decided for B images.
+
+    Attributes:
+        index_kept: int64 [B, n − P]; index_prop: int64 [B, P]: rows that stay and leave, prefix counted, ascending.
+        target: int64 [B, P]; where each that leaves goes, a place in ``index_kept``, −1 for a row that is dropped.
+        share: float32 [B, n]; the part that a row has in the one that it ends up in: its size over that of all of them.
+        sizes: float32 [B, N − P]; how many tokens each remaining row stands for, prefix rows first.
+        live: the graph as the remaining rows carry it.
+    """
+
+    index_kept: Tensor
+    index_prop: Tensor
+    target: Tensor
+    share: Tensor
+    sizes: Tensor
+    live: LiveGraph
+
+
 pytree.register_dataclass(TokenGraph)
+pytree.register_dataclass(LiveGraph)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -411,13 +413,39 @@ print("fine")
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, gtp_kernels; assert 'triton' not in sys.modules; import gtp_vit; "
-        "heavy = 'timm transformers torchvision torch._dynamo onnx skimage sklearn PIL rich click'.split(); "
-        "print([m for m in heavy if m in sys.modules])"
-    )
+    """Beyond torch and numpy: their own modules, and what torch's FLOP counter loads for ``gtp_vit``."""
+    code = """
+import sys, torch, numpy
+def loaded(package):
+    before = set(sys.modules)
+    __import__(package)
+    names = {name.partition(".")[0] for name in set(sys.modules) - before}
+    return sorted(names - set(sys.stdlib_module_names) - {package})
+import importlib
+print(loaded("gtp_kernels"))
+import torch.utils.flop_counter
+print(loaded("gtp_vit"), loaded("gtp_kernels.info"))
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+"""
     done = run_python(code)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["[]", "[] ['gtp_kernels']"], done.stdout + done.stderr
+
+
+def test_modules_of_the_kernels() -> None:
+    """The list of what ``import gtp_kernels`` adds; no kernel of Triton, no command, no ``_C``."""
+    code = """
+import sys, torch, numpy
+before = set(sys.modules)
+import gtp_kernels
+print(*sorted(set(sys.modules) - before))
+"""
+    ops = ("_library", "attention", "graph", "live", "propagate", "select", "select_propagate")
+    expected = {"gtp_kernels", "gtp_kernels.ops", "gtp_kernels.reference"}
+    expected |= {f"gtp_kernels.{name}" for name in ("backends", "checks", "graph", "native")}
+    expected |= {f"gtp_kernels.ops.{name}" for name in ops}
+    expected |= {f"gtp_kernels.reference.{name}" for name in ("attention", "graph", "live", "propagate", "select")}
+    done = run_python(code)
+    assert set(done.stdout.split()) == expected, done.stderr
 
 
 def test_info_prints_reasons_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,6 +470,148 @@ def test_info_says_how_to_get_the_native_library() -> None:
     )
     assert "missing: switched off by GTP_KERNELS_NATIVE=0" in done.stdout
     assert "g++" in native.HOW_TO_BUILD
+
+
+ISOLATED_INFO = """
+import importlib.machinery, sys, torch
+class Without:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        absent = name.partition(".")[0] in sys.argv[1:]
+        return None if absent else importlib.machinery.PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
+def refuse(event, arguments):
+    # A compiler is a process, and so is a git that is asked for a commit.
+    if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
+        raise AssertionError(f"{event}: {arguments}")
+sys.addaudithook(refuse)
+from gtp_kernels import info
+assert info.main([]) == 0
+assert "triton.compiler" not in sys.modules and "torch._inductor" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"GTP_KERNELS_NATIVE": "0"}, {"GTP_KERNELS_ISA": "avx9"}, {"GTP_KERNELS_BACKEND": "fast"}],
+    ids=lambda environment: "-".join(environment) or "plain",
+)
+def test_info_never_fails_and_starts_no_process(environment: dict[str, str]) -> None:
+    without = ["triton", "timm", "transformers", "torchvision", "onnx", "onnxruntime"]
+    done = subprocess.run(
+        [sys.executable, "-c", ISOLATED_INFO, *without],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in without:
+        assert f"{name:<12} not installed" in done.stdout
+    for name, value in environment.items():
+        assert f"{name}={value} " in done.stdout
+    if "GTP_KERNELS_ISA" in environment:
+        assert "GTP_KERNELS_ISA is 'avx9'; this build has 'baseline'" in done.stdout
+    if "GTP_KERNELS_BACKEND" in environment:
+        assert "none: GTP_KERNELS_BACKEND must be one of reference, cpu, triton, cuda; got 'fast'" in done.stdout
+
+
+def test_info_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert {info.runs(op, "cpu") for op in backends.OPS} == {"cpu"}
+    assert "use_backend('reference')" in info.runs("graph", "mps")
+    with gtp_kernels.use_backend("triton"):
+        assert info.runs("graph", "cpu") == "none: triton is forced, and it takes GPU tensors; these are on cpu"
+    monkeypatch.setattr(native, "missing", "not here")
+    assert info.runs("graph", "cpu") == "reference"
+
+
+def test_info_names_variables_that_nothing_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GTP_KERNELS_BACKENT", "cpu")
+    assert "GTP_KERNELS_BACKENT=cpu  (unknown: nothing reads it)" in info.text(info.report())
+
+
+def test_info_knows_every_variable() -> None:
+    package = Path(gtp_kernels.__file__).parent
+    sources = [
+        *package.rglob("*.py"),
+        *(package.parent / "csrc").rglob("*.cpp"),
+        *(package.parent / "python").rglob("*.py"),
+    ]
+    read = {name for path in sources for name in re.findall(r"GTP_KERNELS_[A-Z_]+", path.read_text())}
+    assert read == {name for name in info.VARIABLES if name.startswith("GTP_KERNELS_")}
+
+
+def test_info_of_an_accelerator_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    printed = info.text(info.report())
+    assert "xpu          xpu, 2 of them" in printed
+    assert "attention    xpu     cpu        it takes CPU tensors; these are on xpu" in printed
+    assert "attention    xpu     reference  yes" in printed
+
+
+@pytest.fixture
+def package_without_library(tmp_path: Path) -> Path:
+    """A folder to put on the path, with the package as a wheel without native files has it."""
+    source = Path(gtp_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "gtp_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def info_of(folder: Path, *, runs: str = "from gtp_kernels import info; info.main([])") -> str:
+    """What a process prints that imports the package from this folder."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {runs}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")},
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+FORCED = """
+import torch, gtp_kernels
+q = torch.randn(1, 1, 4, 8)
+with gtp_kernels.use_backend("cpu"):
+    gtp_kernels.attention_with_scores(q, q, q)
+"""
+
+
+def test_a_wheel_without_its_native_library_says_what_is_missing_and_how_to_get_it(
+    package_without_library: Path,
+) -> None:
+    printed = info_of(package_without_library)
+    assert f"in {package_without_library}" in printed
+    assert "missing: libgtp_kernels.so was not built; install a C++17 compiler" in printed
+    assert "attention    cpu     reference" in printed.partition("runs")[0]
+    forced = info_of(package_without_library, runs=f"exec({FORCED!r})")
+    assert "the forced backend 'cpu' cannot run attention" in forced
+    assert "cpu: libgtp_kernels.so was not built; install a C++17 compiler" in forced
+
+
+def test_a_library_of_another_torch_says_what_was_found_and_what_is_needed(package_without_library: Path) -> None:
+    """One that needs a symbol that this torch lacks, and one that is no library at all."""
+    library = package_without_library / "gtp_kernels" / "libgtp_kernels.so"
+    library.write_bytes(b"not a library")
+    printed = info_of(package_without_library)
+    assert f"libgtp_kernels.so does not load with torch {torch.__version__} (it needs torch 2.11 or later)" in printed
+    assert "GTP_NATIVE=1 pip install" in printed
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler for a library with a missing symbol")
+    source = package_without_library / "other.cpp"
+    source.write_text("void made_by_another_torch(); namespace { struct S { S() { made_by_another_torch(); } } s; }")
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-z,now", "-o", str(library), str(source)], check=True)
+    printed = info_of(package_without_library)
+    assert "does not load with torch" in printed
+    assert "made_by_another_torch" in printed
+    forced = info_of(package_without_library, runs=f"exec({FORCED!r})")
+    assert "the forced backend 'cpu' cannot run attention" in forced
+    assert "undefined symbol" in forced
 
 
 def test_the_public_names_are_a_promise() -> None:

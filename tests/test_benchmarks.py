@@ -29,6 +29,7 @@ from benchmarks import (
     tune,
 )
 from gtp_kernels import backends
+from gtp_vit import slicing
 
 testing = pytest.importorskip("click.testing")
 timm = pytest.importorskip("timm")
@@ -96,12 +97,12 @@ def test_tome_and_slicing_with_nothing_to_drop_are_the_model(tiny: Any) -> None:
     with torch.inference_mode():
         expected = tiny(images)
         torch.testing.assert_close(tome.ToMe(tiny, 0)(images), expected)
-        torch.testing.assert_close(models.sliced(tiny, 0)(images), expected)
-        torch.testing.assert_close(models.sliced(tiny, 0, fused=True)(images), expected)
+        torch.testing.assert_close(slicing.sliced(tiny, 0)(images), expected)
+        torch.testing.assert_close(slicing.sliced(tiny, 0, fused=True)(images), expected)
 
 
 def test_baselines_share_the_weights_and_leave_the_model_alone(tiny: Any) -> None:
-    sliced = models.sliced(tiny, 3)
+    sliced = slicing.sliced(tiny, 3)
     assert all(a is b for a, b in zip(sliced.parameters(), tiny.parameters(), strict=True))
     assert type(tiny.blocks[0]).__name__ == "Block"
     images = torch.randn(1, 3, 64, 64)

@@ -50,6 +50,11 @@ def test_numbers_become_plain_floats():
     assert (type(config.sparsity), type(config.alpha)) == (float, float)
 
 
+def test_the_papers_name_of_a_selection():
+    assert GTPConfig(selection="BroadAttnMean") == GTPConfig(selection="IMGAttnMean")
+    assert GTPConfig(selection="BroadAttnMax").selection == "IMGAttnMax"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -74,9 +79,9 @@ def test_numbers_become_plain_floats():
         (dict(selection="Mixed"), ValueError, "selection must be one of .*MixedAttnMax.*None; got 'Mixed'"),
         (dict(selection=None), TypeError, "selection must be a string"),
         (
-            dict(propagation="LiveGraph"),
+            dict(propagation="DeadGraph"),
             ValueError,
-            "propagation must be one of None, Mean, GraphProp; got 'LiveGraph'",
+            "propagation must be one of None, Mean, GraphProp, LiveGraph; got 'DeadGraph'",
         ),
         (dict(graph_type="Dense"), ValueError, "graph_type must be one of None, Spatial, Semantic, Mixed"),
         (dict(graph_type="None"), ValueError, "graph_type must be one of Spatial, Semantic, Mixed where propagation"),
@@ -84,6 +89,10 @@ def test_numbers_become_plain_floats():
         (dict(num_neighbours=2.0), TypeError, "num_neighbours must be an int"),
         (dict(token_scale=1), TypeError, "token_scale must be a bool"),
         (dict(semantics="authors"), ValueError, "semantics must be one of official, paper"),
+        (dict(seed=-1), ValueError, "seed must be at least 0; got -1"),
+        (dict(seed=2**31), ValueError, f"seed must be below {2**31}"),
+        (dict(seed=1.0), TypeError, "seed must be an int; got float"),
+        (dict(seed=True), TypeError, "seed must be an int; got bool"),
     ],
 )
 def test_bad_options_are_named(options, error, message):
@@ -92,8 +101,8 @@ def test_bad_options_are_named(options, error, message):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="gamma"):
-        gtp_vit.patch(torch.nn.Identity(), gamma=0.25)
+    with pytest.raises(TypeError, match="delta"):
+        gtp_vit.patch(torch.nn.Identity(), delta=0.25)
 
 
 @pytest.mark.parametrize("propagation", ["None", "Mean"])
@@ -160,6 +169,6 @@ def test_import_needs_no_model_library():
 
 
 def test_public_names():
-    assert set(gtp_vit.__all__) >= {"GTPConfig", "gmacs", "patch", "trace", "unpatch"}
+    assert set(gtp_vit.__all__) >= {"GTPConfig", "gmacs", "patch", "schedule", "trace", "unpatch"}
     for name in gtp_vit.__all__:
         assert hasattr(gtp_vit, name)

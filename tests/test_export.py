@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import gtp_kernels
 import gtp_vit
 from benchmarks import launches
-from gtp_kernels import AttentionScores, TokenGraph, checks
+from gtp_kernels import AttentionScores, LiveGraph, LiveSelection, TokenGraph, checks
 
 triton = pytest.importorskip("triton")
 HEADS, TOKENS, SIZE, CHANNELS, GRID, NUM_PROP = 2, 17, 16, 24, (4, 4), 3
@@ -131,6 +131,33 @@ def graph_of(graph_type: str, dtype: torch.dtype) -> tuple[Callable[..., Any], t
     return step, (gpu(4, TOKENS, CHANNELS, dtype=dtype),)
 
 
+def live_parts(batch: int = 4) -> tuple[Tensor, ...]:
+    n, edges = GRID[0] * GRID[1], 300
+    return tuple(gpu(batch, size, dtype=torch.int32) for size in (n + 1, edges, n))
+
+
+def live_selection(dtype: torch.dtype) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    def step(k: Tensor, importance: Tensor, sizes: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        found = gtp_kernels.live_select(k, importance, LiveGraph(*parts), NUM_PROP, sizes)
+        return *found[:5], found.live.rep
+
+    importance = gpu(4, GRID[0] * GRID[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return step, (gpu(4, HEADS, TOKENS, SIZE, dtype=dtype), importance, gpu(4, TOKENS), *live_parts())
+
+
+def live_merging(norm: str, dtype: torch.dtype) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    def step(
+        x: Tensor, branch: Tensor, kept: Tensor, prop: Tensor, target: Tensor, share: Tensor, *parts: Tensor
+    ) -> Any:
+        selection = LiveSelection(kept, prop, target, share, share, LiveGraph(*parts))
+        out, normed = gtp_kernels.live_merge(x, branch, selection, norm=norm)
+        return out if normed is None else (out, normed)
+
+    streams = (gpu(4, TOKENS, CHANNELS, dtype=dtype) for _ in range(2))
+    kept, prop = indices()
+    return step, (*streams, kept, prop, torch.empty_like(prop), gpu(4, TOKENS - 1), *live_parts())
+
+
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CASES: dict[str, tuple[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor, ...]]]]] = {
     **{
@@ -181,6 +208,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Callable[..., Any], tuple[Tensor,
         f"graph {graph_type}": ("build_graph", lambda graph_type=graph_type: graph_of(graph_type, FP32))
         for graph_type in ("Mixed", "Semantic", "Spatial")
     },
+    **{f"live selection {dtype}": ("live_select", lambda dtype=dtype: live_selection(dtype)) for dtype in (BF16, FP64)},
+    **{f"live merge {norm}": ("live_merge", lambda norm=norm: live_merging(norm, BF16)) for norm in ("layer", "none")},
 }
 
 
@@ -249,18 +278,30 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("key", MODELS)
-def test_patched_model(fake_gpu: FakeTensorMode, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, options = MODELS[key]
+@pytest.mark.parametrize(
+    ("key", "options", "operators"),
+    [
+        *((key, {}, {"attention_with_scores", "select_residual_propagate_norm", "build_graph"}) for key in MODELS),
+        (
+            "vit",
+            dict(propagation="LiveGraph"),
+            {"attention_with_scores", "token_importance", "build_graph", "live_graph", "live_select", "live_merge"},
+        ),
+    ],
+)
+def test_patched_model(
+    fake_gpu: FakeTensorMode, key: str, options: dict[str, Any], operators: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, size = MODELS[key]
     # timm reads its rates of drop path from a tensor, which is fake here.
     monkeypatch.setattr(timm_vit, "calculate_drop_path_rates", lambda rate, depth, *_: [0.0] * depth)
     with torch.device("cuda"):
-        model = timm.create_model(name, pretrained=False, **options, embed_dim=48, num_heads=3, depth=2, num_classes=10)
-        gtp_vit.patch(model.eval(), num_prop=2, sparsity=0.6, num_neighbours=3)
+        model = timm.create_model(name, pretrained=False, **size, embed_dim=48, num_heads=3, depth=2, num_classes=10)
+        gtp_vit.patch(model.eval(), num_prop=2, sparsity=0.6, num_neighbours=3, **options)
     with torch.no_grad():
-        program = export(model, (gpu(4, 3, options["img_size"], options["img_size"]),))
+        program = export(model, (gpu(4, 3, size["img_size"], size["img_size"]),))
     ours = {name.split(".")[1] for name in called(program) if name.startswith("gtp_kernels_triton")}
-    assert ours == {"attention_with_scores", "select_residual_propagate_norm", "build_graph"}
+    assert ours == operators
     assert_any_batch_and_no_data(program)
     assert_kernels_show(program)
 

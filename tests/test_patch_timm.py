@@ -217,6 +217,50 @@ def test_random_selection_follows_the_seed(backend):
     assert not torch.equal(left[0], left[2])
 
 
+def test_random_selection_of_a_seed(backend):
+    """With a seed a forward depends on nothing but its input: not on draws before it, and every block draws its own."""
+    model = gtp_vit.patch(build(), **OPTIONS | dict(num_prop=5), selection="Random", seed=7)
+    x = images(model)
+
+    def left(model):
+        with torch.no_grad(), gtp_vit.trace(model) as trace:
+            result = model(x)
+        return result, torch.stack([layer.prop_tokens for layer in trace.layers], 1)
+
+    state = torch.get_rng_state()
+    expected, tokens = left(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    for other in (model, copy.deepcopy(model)):
+        again, same = left(other)
+        assert torch.equal(again, expected)
+        assert torch.equal(same, tokens)
+    other = gtp_vit.patch(gtp_vit.unpatch(model), **OPTIONS | dict(num_prop=5), selection="Random", seed=8)
+    assert not torch.equal(left(other)[1], tokens)
+    # The draws of a block, and not the tokens that were left: the second block may draw what the first one drew.
+    draws = [
+        gtp_vit.block.importance_of(
+            gtp_kernels.AttentionScores(*3 * (torch.zeros(2, 3, 17),)),
+            gtp_vit.block.layer_options(GTPConfig(selection="Random", seed=seed), 2, 1)[block],
+        )
+        for seed, block in ((7, 0), (7, 1), (8, 0))
+    ]
+    assert all(draw.shape == (2, 16) for draw in draws)
+    assert not torch.equal(draws[0][0], draws[0][1])
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_broadcasting_attention_is_image_attention(backend):
+    model = build()
+    x = images(model)
+    with torch.no_grad():
+        expected = gtp_vit.patch(model, **OPTIONS, selection="IMGAttnMax")(x)
+        gtp_vit.unpatch(model)
+        assert torch.equal(gtp_vit.patch(model, **OPTIONS, selection="BroadAttnMax")(x), expected)
+    assert model.gtp.selection == "IMGAttnMax"
+
+
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
 def test_float32_agrees_with_the_definition(backend, key):
     model = build(key, dtype=torch.float32)
@@ -250,6 +294,51 @@ def test_dynamic_sizes(backend, size):
     with torch.no_grad():
         expected = model.forward_head(plain_features(model, x, config))
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
+
+
+@pytest.mark.parametrize(
+    "key", ["deit distilled", "dinov2 registers", "gap", "registers without class token", "siglip"]
+)
+def test_dynamic_sizes_with_any_prefix(backend, key):
+    model = build(key, dynamic_img_size=True)
+    side = model.patch_embed.patch_size[0]
+    x, config = images(model, size=(3 * side, 6 * side)), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected = model.forward_head(plain_features(model, x, config))
+        with gtp_vit.trace(gtp_vit.patch(model, **OPTIONS)) as trace:
+            assert_same(model(x), expected)
+    assert trace.grid_size == (3, 6)
+    assert trace.num_prefix == MODELS[key][2]
+
+
+def test_padded_sizes(backend):
+    model = build("dynamic size", dynamic_img_pad=True)
+    x, config = images(model, size=(50, 70)), GTPConfig(**OPTIONS)
+    with torch.no_grad():
+        expected = model.forward_head(plain_features(model, x, config))
+        with gtp_vit.trace(gtp_vit.patch(model, **OPTIONS)) as trace:
+            assert_same(model(x), expected)
+    assert trace.grid_size == (4, 5)
+
+
+def test_input_size_set_after_patching(backend):
+    model = gtp_vit.patch(build(), **OPTIONS)
+    model.set_input_size((48, 96))
+    x = images(model, size=(48, 96))
+    with torch.no_grad():
+        result = model(x)
+        assert_same(result, model.forward_head(plain_features(gtp_vit.unpatch(model), x, GTPConfig(**OPTIONS))))
+
+
+def test_the_two_heads_of_a_distilled_model(backend):
+    model = build("deit distilled").train()
+    model.set_distilled_training()
+    x, config = images(model), GTPConfig(**OPTIONS)
+    expected = model.forward_head(plain_features(model, x, config))
+    result = gtp_vit.patch(model, **OPTIONS)(x)
+    assert len(result) == len(expected) == 2
+    for head, plain in zip(result, expected, strict=True):
+        assert_same(head, plain)
 
 
 def test_empty_batch(backend):
@@ -377,6 +466,17 @@ def test_load_state_dict_before_and_after():
         assert torch.equal(gtp_vit.patch(plain, **OPTIONS)(x), expected)
 
 
+def test_load_state_dict_names_wrong_keys():
+    model, state = gtp_vit.patch(build(), **OPTIONS), build().state_dict()
+    state["blocks.0.attn.gtp"] = state.pop("blocks.0.attn.qkv.weight")
+    with pytest.raises(
+        RuntimeError, match=r'Missing key.*"blocks.0.attn.qkv.weight".*\n.*Unexpected.*"blocks.0.attn.gtp"'
+    ):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for blocks.0.mlp.fc1.weight"):
+        model.load_state_dict(build(mlp_ratio=2).state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "res-post norm", "rms norm, swiglu"])
 def test_low_precision_weights(backend, key, dtype):
@@ -436,8 +536,9 @@ def test_hooks_that_change_a_weight_are_honoured(backend):
         assert_same(gtp_vit.patch(model, **OPTIONS)(x), expected)
 
 
-def test_threads_share_one_model(backend):
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+@pytest.mark.parametrize("options", [{}, dict(selection="Random", seed=3)], ids=["scores", "seeded"])
+def test_threads_share_one_model(backend, options):
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | options)
     inputs = [images(model, seed=seed) for seed in range(4)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
@@ -827,10 +928,10 @@ REFUSED = {
     ),
     "another timm model": (lambda: timm.create_model("resnet10t"), {}, TypeError, "got ResNet"),
     "another vision transformer": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", img_size=70, depth=1),
+        lambda: timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=48, num_heads=3),
         {},
         TypeError,
-        "got Eva",
+        "VisionTransformer or timm.models.eva.Eva; got Beit",
     ),
     "another library": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), {}, TypeError, "Sequential"),
     "a wrapper": (lambda: nn.DataParallel(build()), {}, TypeError, "DataParallel"),
@@ -888,13 +989,6 @@ def test_masks_and_causal_attention():
         model(x, attn_mask=torch.zeros(17, 17))
     with pytest.raises(ValueError, match="is_causal must be False"):
         model(x, is_causal=True)
-
-
-@pytest.mark.parametrize("method", ["forward_intermediates", "get_intermediate_layers"])
-def test_intermediates(method):
-    model = gtp_vit.patch(build(), **OPTIONS)
-    with pytest.raises(ValueError, match=f"{method} needs the grid.*gtp_vit.unpatch"):
-        getattr(model, method)(images(model))
 
 
 def test_input_too_small_for_num_prop():

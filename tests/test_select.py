@@ -179,6 +179,19 @@ def test_select_takes_scores_and_maps_alike(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(by_map, by_scores, strict=True))
 
 
+@pytest.mark.parametrize("over", ["Mean", "Max"])
+def test_the_papers_name_of_a_standard(backend: str, over: str) -> None:
+    weight, scores = attention(2, 3, 17), scores_of(2, 3, 17)
+    for module in (gtp_kernels, reference):
+        for source in (weight, scores):
+            kept, prop = module.select(source, f"BroadAttn{over}", 4)
+            expected = module.select(source, f"IMGAttn{over}", 4)
+            assert torch.equal(kept, expected[0])
+            assert torch.equal(prop, expected[1])
+        importance = module.token_importance(scores, f"BroadAttn{over}")
+        assert torch.equal(importance, module.token_importance(scores, f"IMGAttn{over}"))
+
+
 def test_select_is_the_authors_function_by_position(backend: str) -> None:
     # select(attn, standard, num_prop, cls_token, W): what the authors' blocks call, on a map without ties.
     weight = attention(2, 3, 17)

@@ -79,6 +79,13 @@ struct Strided {
 };
 
 #if defined(__AVX512BF16__)
+// 16 pairs of the values of two rows.
+GTP_INLINE Vec<Pair>::V zip(const uint16_t* even, const uint16_t* odd) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  return (Vec<Pair>::V)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
 // The same of bfloat16 rows, two at a time.
 template <class Row>
 GTP_INLINE void pack_rows(int64_t count, int64_t size, const Panels& panels, const Row& row, Pair* packed) {
@@ -89,7 +96,13 @@ GTP_INLINE void pack_rows(int64_t count, int64_t size, const Panels& panels, con
       const int64_t start = panels.start(panel) * 16, width = panels.width(panel) * 16;
       Pair* target = packed + start * ((count + 1) / 2) + j / 2 * width;
       const int64_t inside = size - start < width ? size - start : width;
-      for (int64_t c = 0; c < inside; ++c) {
+      int64_t c = 0;
+      if (pair && even.stride == 1 && odd.stride == 1) {
+        for (; c + 16 <= inside; c += 16) {
+          store(target + c, zip(even.data + start + c, odd.data + start + c));
+        }
+      }
+      for (; c < inside; ++c) {
         const uint32_t high = pair ? odd[start + c] : 0;
         target[c] = static_cast<Pair>(even[start + c] | high << 16);
       }

@@ -25,6 +25,7 @@ namespace gtp {
   bool propagate_backward(const PropagateBackwardParams&, const Parallel&, Error&); \
   bool propagate_dense(const PropagateDenseParams&, const Parallel&, Error&);       \
   void build_graph(const GraphParams&, const Parallel&);                            \
+  bool live_select(const LiveSelectParams&, const Parallel&, Error&);               \
   }
 #define GTP_KERNEL_TABLE(isa) \
   {#isa,                      \
@@ -33,7 +34,8 @@ namespace gtp {
    isa::propagate,            \
    isa::propagate_backward,   \
    isa::propagate_dense,      \
-   isa::build_graph}
+   isa::build_graph,          \
+   isa::live_select}
 
 GTP_DECLARE_KERNELS(baseline)
 #if defined(GTP_HAVE_X86)
@@ -52,7 +54,8 @@ GTP_DECLARE_KERNELS(avx512)
    avx512::propagate,            \
    avx512::propagate_backward,   \
    avx512::propagate_dense,      \
-   avx512::build_graph}
+   avx512::build_graph,          \
+   avx512::live_select}
 GTP_DECLARE_ATTENTION(avx512_bf16)
 #if defined(GTP_HAVE_AMX)
 GTP_DECLARE_ATTENTION(amx)

@@ -24,6 +24,7 @@ GTP_FORCE_INLINE void parallel_for(const Parallel& parallel, int64_t count, int6
 
 GTP_API void token_importance(const ImportanceParams&, const Parallel&);
 GTP_API void select_tokens(const SelectParams&, const Parallel&);
+GTP_API bool live_graph(const LiveGraphParams&, const Parallel&, Error& error);
 
 // The kernels that are compiled once per instruction set.
 struct Kernels {
@@ -34,6 +35,7 @@ struct Kernels {
   bool (*propagate_backward)(const PropagateBackwardParams&, const Parallel&, Error& error);
   bool (*propagate_dense)(const PropagateDenseParams&, const Parallel&, Error& error);
   void (*build_graph)(const GraphParams&, const Parallel&);
+  bool (*live_select)(const LiveSelectParams&, const Parallel&, Error& error);
 };
 
 // The best set that this machine runs, or the one that GTP_KERNELS_ISA names. Throws std::runtime_error for a name that

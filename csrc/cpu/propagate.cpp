@@ -27,12 +27,14 @@ class Step {
         channels(p.channels),
         rows_out(p.rows_out()),
         uses_graph(p.standard == Standard::GraphProp && p.prop > 0),
+        merges(p.standard == Standard::Merge && p.prop > 0),
         x_out(static_cast<T*>(p.x_out)),
         normed(static_cast<T*>(p.normed)) {}
 
   size_t bytes() const {
     return 2 * Scratch::bytes<T>(channels) + 4 * Scratch::bytes<A>(channels) + Scratch::bytes<A>(leavers() * channels) +
-           Scratch::bytes<const A*>(leavers()) + Scratch::bytes<int32_t>(p.graph.origins);
+           Scratch::bytes<const A*>(leavers()) + Scratch::bytes<int32_t>(p.graph.origins) +
+           Scratch::bytes<int64_t>(merges ? p.kept : 0) + Scratch::bytes<int64_t>(merges ? p.prop : 0);
   }
 
   void carve(Scratch& scratch) {
@@ -45,6 +47,8 @@ class Step {
     leaving = scratch.take<A>(leavers() * channels);
     leaver_row = scratch.take<const A*>(leavers());
     leaver = scratch.take<int32_t>(p.graph.origins);
+    first_source = scratch.take<int64_t>(merges ? p.kept : 0);
+    next_source = scratch.take<int64_t>(merges ? p.prop : 0);
   }
 
   // Rows begin to end of all images' output rows; false for a bad CSR.
@@ -60,6 +64,9 @@ class Step {
         const ImageGraph graph(p.graph, image, p.tokens - p.prefix, p.prefix, index_prop, p.prop, leaver);
         for (int64_t j = 0; j < p.prop; ++j) leaver_row[j] = nullptr;
         for (int64_t r = first; r < last; ++r) ok &= one_row(r, &graph);
+      } else if (merges) {
+        list_sources();
+        for (int64_t r = first; r < last; ++r) ok &= one_row(r, nullptr);
       } else {
         for (int64_t r = first; r < last; ++r) ok &= one_row(r, nullptr);
       }
@@ -94,7 +101,23 @@ class Step {
   };
 
   int64_t leavers() const {
-    return uses_graph ? p.prop : 0;
+    return uses_graph || merges ? p.prop : 0;
+  }
+
+  // The leaving rows that go to each kept one, in rising order.
+  void list_sources() {
+    for (int64_t k = 0; k < p.kept; ++k) first_source[k] = -1;
+    for (int64_t j = 0; j < p.prop; ++j) leaver_row[j] = nullptr;
+    for (int64_t j = p.prop - 1; j >= 0; --j) {
+      const int64_t k = p.target[image * p.prop + j];
+      if (k < 0) continue;
+      next_source[j] = first_source[k];
+      first_source[k] = j;
+    }
+  }
+
+  float share_of(int64_t n) const {
+    return p.share[image * (p.tokens - p.prefix) + n - p.prefix];
   }
 
   const A* vector(const Vector& v, A* buffer, A otherwise) const {
@@ -148,7 +171,14 @@ class Step {
   }
 
   // x_out of a kept or prefix row; the sum of what was written.
-  GTP_INLINE_MEMBER A write_row(const Row& row, const Edges& edges, T* target) {
+  GTP_INLINE_MEMBER A write_row(const Row& row, const Edges& edges, A own, T* target) {
+    if (merges && edges.count > 0) {
+      return write(target, [&](int64_t c, auto part) {
+        V y = own * row.y(c, part);
+        for (int e = 0; e < edges.count; ++e) y += edges.value[e] * load(edges.row[e] + c, part);
+        return y;
+      });
+    }
     if (edges.count > 0) {
       return write(target, [&](int64_t c, auto part) {
         V y = row.y(c, part);
@@ -213,6 +243,13 @@ class Step {
     } else {
       const int64_t n = source_row(r);
       Edges edges;
+      A own = A(1);
+      if (merges && r >= p.prefix) {
+        own = static_cast<A>(share_of(n));
+        for (int64_t j = first_source[r - p.prefix]; j >= 0; j = next_source[j]) {
+          add_edge(edges, j, static_cast<A>(share_of(index_prop[j])));
+        }
+      }
       if (r >= p.prefix && p.standard == Standard::GraphProp) {
         double moved = 0;
         const A alpha = static_cast<A>(p.alpha);
@@ -227,7 +264,7 @@ class Step {
         p.token_out[k] = p.graph.token[image * (p.tokens - p.prefix) + n - p.prefix];
       }
       if (scaled) scale = edges.count > 0 ? scale_of(n) + scale : scale_of(n);
-      sum = write_row(row_of(n), edges, target);
+      sum = write_row(row_of(n), edges, own, target);
     }
     if (scaled) store_scalar(scale, p.scales_out, p.token_scales.dtype, at);
     if (p.norm != Norm::None) {
@@ -250,13 +287,14 @@ class Step {
 
   const PropagateParams& p;
   const int64_t channels, rows_out;
-  const bool uses_graph;
+  const bool uses_graph, merges;
   T *const x_out, *const normed;
   const A *layer_scale, *weight, *bias;
   T *x_row, *branch_row;
   A *total, *leaving;
   const A** leaver_row;  // [P]: y of a row that leaves, or null
   int32_t* leaver;
+  int64_t *first_source, *next_source;  // Merge: [K] and [P], lists of leaving rows that end with -1
   int64_t image;
   const int64_t *index_kept, *index_prop;
 };
@@ -288,6 +326,9 @@ bool run_propagate(const PropagateParams& p, const Parallel& parallel, Error& er
 bool propagate(const PropagateParams& p, const Parallel& parallel, Error& error) {
   if (!check_selection(p, error)) return false;
   if (p.standard == Standard::GraphProp && !check_token(p.graph, p.batch, p.tokens - p.prefix, error)) return false;
+  if (p.standard == Standard::Merge && !check_index("target", p.target, p.batch, p.prop, -1, p.kept, error)) {
+    return false;
+  }
   switch (p.out_dtype) {
     case DType::Float32:
       return run_propagate<float>(p, parallel, error);

@@ -183,7 +183,7 @@ struct SmallRanks {
     for (int64_t i = 0; i < count; i += W) {
       const auto v = load(values + i);
       const auto r = I{} + static_cast<typename Vec<T>::Int>(rank);
-      const auto candidate = (below[i / W] < r) & (v == v) ? v : splat(-Vec<T>::inf);
+      const auto candidate = ((below[i / W] < r) & (v == v)) ? v : splat(-Vec<T>::inf);
       largest = candidate > largest ? candidate : largest;
     }
     return reduce_max<T>(largest);

@@ -25,7 +25,7 @@ def token_importance(
 
     With ⊕ the maximum or mean over heads, each taken on its own: Γ = ⊕ diag, Ψ = ⊕ colsum; ``MixedAttn*`` is Γ·Ψ,
     ``SumAttnMax`` Γ + Ψ, ``DiagAttn*`` Γ, ``IMGAttn*`` Ψ, ``CLSAttn*`` ⊕ cls_row. Under ``paper`` the diagonal is
-    subtracted from the column sums, once.
+    subtracted from the column sums, once. ``BroadAttn*``, the paper's name, is ``IMGAttn*``.
 
     Args:
         scores: AttentionScores of [B, H, N], float32 or float64.
@@ -39,7 +39,7 @@ def token_importance(
     Raises:
         TypeError, ValueError: an argument, named, with what may come.
     """
-    num_prefix = check_importance(scores, standard, num_prefix, semantics)
+    standard, num_prefix = check_importance(scores, standard, num_prefix, semantics)
     return unchecked_importance(scores, standard, num_prefix, semantics)
 
 
@@ -113,7 +113,7 @@ def select(
     Raises:
         TypeError, ValueError: an argument, named, with what may come.
     """
-    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
+    standard, prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
     if standard == "Random":
         importance = random_importance(weight, prefix, generator)
     elif standard in checks.MAP_STANDARDS:

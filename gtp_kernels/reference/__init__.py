@@ -2,6 +2,7 @@
 
 from gtp_kernels.reference.attention import AttentionScores, attention_map, attention_with_scores, scores_of_map
 from gtp_kernels.reference.graph import build_graph
+from gtp_kernels.reference.live import live_graph, live_merge, live_select
 from gtp_kernels.reference.propagate import propagate, residual_propagate_norm
 from gtp_kernels.reference.select import select, select_tokens, token_importance
 
@@ -10,6 +11,9 @@ __all__ = [
     "attention_map",
     "attention_with_scores",
     "build_graph",
+    "live_graph",
+    "live_merge",
+    "live_select",
     "propagate",
     "residual_propagate_norm",
     "scores_of_map",

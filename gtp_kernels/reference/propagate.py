@@ -169,9 +169,15 @@ def residual_propagate_norm(
         x.to(dtype) + step, graph, index_kept, index_prop, standard, alpha, token_scales, prefix, out_dtype
     )
     assert not isinstance(graph_out, Tensor)
+    return out, apply_norm(out, norm, norm_weight, norm_bias, eps), graph_out, scales
+
+
+def apply_norm(x: Tensor, norm: str, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Tensor | None:
+    """The norm over channels of x [B, N, C] in its type; None where ``norm`` is "none"."""
     if norm == "none":
-        return out, None, graph_out, scales
-    wide = out.to(dtype)
+        return None
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
     weight = None if norm_weight is None else norm_weight.to(dtype)
     if norm == "layer":
         bias = None if norm_bias is None else norm_bias.to(dtype)
@@ -179,7 +185,7 @@ def residual_propagate_norm(
     else:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         normed = normed if weight is None else normed * weight
-    return out, normed.to(out_dtype), graph_out, scales
+    return normed.to(x.dtype)
 
 
 def check_residual(

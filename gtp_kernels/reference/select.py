@@ -16,7 +16,7 @@ def token_importance(
     scores: AttentionScores, standard: str = "MixedAttnMax", num_prefix: int = 1, semantics: str = "official"
 ) -> Tensor:
     """The definition of :func:`gtp_kernels.token_importance`."""
-    num_prefix = check_importance(scores, standard, num_prefix, semantics)
+    standard, num_prefix = check_importance(scores, standard, num_prefix, semantics)
     diag, colsum, cls_row = (tensor[:, :, num_prefix:].detach() for tensor in scores)
     if semantics == "paper":
         colsum = colsum - diag
@@ -35,17 +35,17 @@ def token_importance(
     return over_heads(diag) * over_heads(colsum)
 
 
-def check_importance(scores: AttentionScores, standard: str, num_prefix: int, semantics: str) -> int:
-    """Checks the arguments of ``token_importance``; returns the number of prefix tokens."""
+def check_importance(scores: AttentionScores, standard: str, num_prefix: int, semantics: str) -> tuple[str, int]:
+    """Checks the arguments of ``token_importance``; returns (standard, num_prefix)."""
     if not isinstance(scores, AttentionScores):
         raise TypeError(f"scores must be AttentionScores; got {type(scores).__name__}")
-    checks.choice("standard", standard, checks.SCORE_STANDARDS)
+    standard = checks.standard("standard", standard, checks.SCORE_STANDARDS)
     checks.choice("semantics", semantics, checks.SEMANTICS)
     checks.scores(*scores)
     num_prefix = checks.prefix(num_prefix, None, scores.diag.shape[2], "scores")
     if standard.startswith("CLSAttn") and num_prefix == 0:
         raise ValueError(f"standard {standard!r} reads the class token's row: num_prefix must be at least 1; got 0")
-    return num_prefix
+    return standard, num_prefix
 
 
 def select_tokens(
@@ -83,7 +83,7 @@ def select(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`gtp_kernels.select`."""
-    prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
+    standard, prefix = check_select_source(weight, standard, num_prop, cls_token, num_prefix, semantics, generator)
     if standard == "Random":
         importance = random_importance(weight, prefix, generator)
     elif standard in checks.MAP_STANDARDS:
@@ -103,9 +103,9 @@ def check_select_source(
     num_prefix: int | None,
     semantics: str,
     generator: object,
-) -> int:
-    """Checks the arguments of ``select``; returns the number of prefix tokens."""
-    checks.choice("standard", standard, checks.STANDARDS)
+) -> tuple[str, int]:
+    """Checks the arguments of ``select``; returns (standard, number of prefix tokens)."""
+    standard = checks.standard("standard", standard, checks.STANDARDS)
     checks.choice("semantics", semantics, checks.SEMANTICS)
     if isinstance(weight, AttentionScores):
         checks.scores(*weight)
@@ -128,7 +128,7 @@ def check_select_source(
     checks.num_prop(num_prop, num_tokens - prefix)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
-    return prefix
+    return standard, prefix
 
 
 def random_importance(weight: Tensor | AttentionScores, prefix: int, generator: torch.Generator | None) -> Tensor:

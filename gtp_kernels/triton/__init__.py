@@ -16,7 +16,7 @@ import torch
 import triton
 
 from gtp_kernels.ops import _library
-from gtp_kernels.triton import attention, attention_backward, graph, propagate, runtime, select
+from gtp_kernels.triton import attention, attention_backward, graph, live, propagate, runtime, select
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "attention_with_scores": attention.attention_with_scores,
@@ -29,6 +29,9 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "residual_propagate_norm": propagate.residual_propagate_norm,
     "select_residual_propagate_norm": propagate.select_residual_propagate_norm,
     "build_graph": graph.build_graph,
+    "live_graph": live.live_graph,
+    "live_select": live.live_select,
+    "live_merge": live.live_merge,
 }
 
 

@@ -18,10 +18,10 @@ from gtp_kernels.ops import _library
 from gtp_kernels.reference.attention import compute_dtype
 from gtp_kernels.triton import configs, runtime, select
 
-_NORMS = {"none": 0, "layer": 1, "rms": 2}
+NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 
-def _row_block(channels: int, largest: int) -> int:
+def row_block(channels: int, largest: int) -> int:
     """Channels of a program of the kernels that work row by row: the whole row, up to ``largest``."""
     return min(max(runtime.next_power_of_2(channels), 32), largest)
 
@@ -524,9 +524,9 @@ def _transition(
             if not direct:
                 leaver = _leavers(token, prop, tokens, num_prefix, origins)
     wide = compute_dtype(dtype) == torch.float64
-    block_c = _row_block(int(channels), tile["channels"])
+    block_c = row_block(int(channels), tile["channels"])
     blocks_c = max(triton.cdiv(channels, block_c), 1)
-    norm_kind = _NORMS[norm]
+    norm_kind = NORMS[norm]
     weight = None if norm_weight is None else norm_weight.contiguous()
     bias = None if norm_bias is None else norm_bias.contiguous()
     alpha_high, alpha_low = split_float(alpha)
@@ -545,13 +545,21 @@ def _transition(
         BLOCK_P=block_p, BLOCK_E=tile["edges"], BLOCK_C=block_c, num_warps=tile["num_warps"],
     )  # fmt: skip
     if norm_kind and blocks_c > 1:
-        long = configs.lookup("long_row", x.device, dtype)
-        runtime.launch(_norm_kernel)[(batch * rows,)](
-            out, x if weight is None else weight, x if bias is None else bias, normed, channels, eps_high, eps_low,
-            NORM=norm_kind, WEIGHT=weight is not None, BIAS=bias is not None, WIDE=wide, BLOCK_C=long["channels"],
-            num_warps=long["num_warps"],
-        )  # fmt: skip
+        norm_long_rows(out, normed, weight, bias, norm_eps, norm)
     return out, normed, token_out, scales_out
+
+
+def norm_long_rows(
+    x: Tensor, normed: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float, norm: str
+) -> None:
+    """normed = norm(x) of contiguous rows [B, rows, C] that are too long for the kernel that made them."""
+    batch, rows, channels = x.shape
+    tile = configs.lookup("long_row", x.device, x.dtype)
+    runtime.launch(_norm_kernel)[(batch * rows,)](
+        x, x if weight is None else weight, x if bias is None else bias, normed, channels, *split_float(norm_eps),
+        NORM=NORMS[norm], WEIGHT=weight is not None, BIAS=bias is not None,
+        WIDE=compute_dtype(x.dtype) == torch.float64, BLOCK_C=tile["channels"], num_warps=tile["num_warps"],
+    )  # fmt: skip
 
 
 def _graph_arrays(
@@ -604,7 +612,7 @@ def propagate_backward(
         origins, edges = indptr.shape[1] - 1, indices.shape[1]
     wide = grad.dtype == torch.float64
     tile = configs.lookup("propagate_backward", grad.device, grad.dtype, channels=int(channels))
-    block_c = _row_block(int(channels), tile["channels"])
+    block_c = row_block(int(channels), tile["channels"])
     runtime.launch(_backward_kernel)[(batch * tokens, triton.cdiv(channels, block_c))](
         grad, kept if indptr is None else indptr, kept if indices is None else indices,
         grad if values is None else values, kept if token is None else token, kept, prop, grad_x,

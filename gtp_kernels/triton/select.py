@@ -202,16 +202,28 @@ def select_tokens(importance: Tensor, num_prop: int, num_prefix: int, order: str
     rank = kept
     if scatter or apart:
         rank = kept if scatter else importance.new_empty(batch, count, dtype=torch.int32)
-        ranking = configs.lookup("rank", importance.device, importance.dtype, tokens=int(count))
-        blocks = triton.cdiv(count, ranking["tokens"])
-        runtime.launch(_rank_kernel)[(batch * blocks,)](
-            importance, rank, kept, prop, count, num_kept, num_prefix, blocks, *importance.stride(),
-            SCATTER=scatter, WIDE=wide, BLOCK_I=ranking["tokens"], BLOCK_J=ranking["others"],
-            num_warps=ranking["num_warps"],
-        )  # fmt: skip
+        _rank(importance, rank, kept, prop, num_kept, num_prefix, scatter)
     if not scatter:
         runtime.launch(_compact_kernel)[(batch,)](
             importance, rank, kept, prop, count, num_kept, num_prefix, *importance.stride(),
             RANKED=apart, WIDE=wide, BLOCK_I=tile["tokens"], BLOCK_J=tile["others"], num_warps=tile["num_warps"],
         )  # fmt: skip
     return kept, prop
+
+
+def order_by_rank(scores: Tensor, order: Tensor, scratch: Tensor) -> None:
+    """order[b, :] = the indices of scores [B, n] by (score falling, index rising); ``scratch`` is like ``order``."""
+    _rank(scores, order, order, scratch, scores.shape[1], 0, True)
+
+
+def _rank(
+    importance: Tensor, rank: Tensor, kept: Tensor, prop: Tensor, num_kept: int, num_prefix: int, scatter: bool
+) -> None:
+    batch, count = importance.shape
+    tile = configs.lookup("rank", importance.device, importance.dtype, tokens=int(count))
+    blocks = triton.cdiv(count, tile["tokens"])
+    runtime.launch(_rank_kernel)[(batch * blocks,)](
+        importance, rank, kept, prop, count, num_kept, num_prefix, blocks, *importance.stride(),
+        SCATTER=scatter, WIDE=importance.dtype == torch.float64, BLOCK_I=tile["tokens"], BLOCK_J=tile["others"],
+        num_warps=tile["num_warps"],
+    )  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 from gtp_kernels import checks
 
 SELECTIONS = (*checks.STANDARDS, "None")
-PROPAGATIONS = checks.PROPAGATIONS
+PROPAGATIONS = (*checks.PROPAGATIONS, "LiveGraph")
+GRAPH_PROPAGATIONS = ("GraphProp", "LiveGraph")
 GRAPH_TYPES = ("None", *checks.GRAPH_TYPES)
 
 
@@ -22,14 +23,22 @@ class GTPConfig:
         num_prop: P, the image tokens that leave in each block: an int for all blocks, or one per block.
         sparsity: θ in (0, 1], the share of the attention map that is kept (paper, Section 3.2.4); 1 keeps all.
         alpha: α of Equations 10 and 12, finite: how much of a propagated token its neighbours receive.
-        selection: how the importance of a token is judged; ``"None"`` lets no token leave.
+        selection: how the importance of a token is judged; ``"None"`` lets no token leave. ``BroadAttn*`` becomes
+            ``IMGAttn*``, the other name of the same.
         propagation: ``"GraphProp"`` (Equation 10), ``"Mean"`` (the tokens that leave become one, appended), or
-            ``"None"`` (they are dropped).
+            ``"None"`` (they are dropped); or ours, ``"LiveGraph"`` (each is merged into the neighbour in the graph
+            whose key is most like its own, :func:`gtp_kernels.live_select`; ``alpha`` has no part in it).
         graph_type: ``"Spatial"`` (Equation 5), ``"Semantic"`` (Equation 7) or ``"Mixed"`` (Equation 8); ``"None"``
             fits ``"Mean"`` and ``"None"``, which read no graph.
         num_neighbours: M, the semantic neighbours of a token: 0 ≤ M < n.
         token_scale: whether the attention counts how many tokens each one stands for (Equations 11 and 12).
         semantics: ``"official"`` (the authors' code) or ``"paper"`` (the formulas as printed).
+        gamma: γ ≥ 0 of ``"LiveGraph"``: how much the importance counts beside the similarity.
+        restore: whether intermediate features come as the full grid (:mod:`gtp_vit.restore`), or as the tokens
+            that remain.
+        seed: of ``"Random"``, 0 ≤ seed < 2³¹: block i of every forward draws the same numbers, from a generator of its
+            own that is made of (seed, i), so that neither earlier forwards nor other threads change them; ``None``
+            draws from torch's generator. ``torch.compile`` cannot trace a generator: its graph breaks there.
 
     Raises:
         TypeError: an option of the wrong kind.
@@ -45,24 +54,32 @@ class GTPConfig:
     num_neighbours: int = 8
     token_scale: bool = True
     semantics: str = "official"
+    restore: bool = False
+    gamma: float = 0.25
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
             "num_prop": _num_prop(self.num_prop),
             "sparsity": checks.sparsity(self.sparsity),
             "alpha": checks.number("alpha", self.alpha),
-            "selection": checks.choice("selection", self.selection, SELECTIONS),
+            "selection": checks.standard("selection", self.selection, SELECTIONS),
             "propagation": checks.choice("propagation", self.propagation, PROPAGATIONS),
             "graph_type": checks.choice("graph_type", self.graph_type, GRAPH_TYPES),
             "num_neighbours": checks.integer("num_neighbours", self.num_neighbours),
             "semantics": checks.choice("semantics", self.semantics, checks.SEMANTICS),
+            "gamma": checks.number("gamma", self.gamma),
+            "seed": None if self.seed is None else checks.integer("seed", self.seed),
         }
-        if not isinstance(self.token_scale, bool):
-            raise TypeError(f"token_scale must be a bool; got {type(self.token_scale).__name__}")
-        if self.propagation == "GraphProp" and self.graph_type == "None":
+        if checked["gamma"] < 0:  # type: ignore[operator]  # a number
+            raise ValueError(f"gamma must be at least 0; got {self.gamma}")
+        for name in ("token_scale", "restore"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool; got {type(getattr(self, name)).__name__}")
+        if self.propagation in GRAPH_PROPAGATIONS and self.graph_type == "None":
             raise ValueError(
-                "graph_type must be one of Spatial, Semantic, Mixed where propagation is 'GraphProp'; got 'None' "
-                "(propagation='None' drops tokens without a graph)"
+                f"graph_type must be one of Spatial, Semantic, Mixed where propagation is {self.propagation!r}; "
+                "got 'None' (propagation='None' drops tokens without a graph)"
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -83,7 +100,7 @@ class GTPConfig:
 
     def uses_graph(self, depth: int) -> bool:
         """Whether a model of ``depth`` blocks needs the token graph."""
-        return self.propagation == "GraphProp" and any(self.schedule(depth))
+        return self.propagation in GRAPH_PROPAGATIONS and any(self.schedule(depth))
 
     def token_counts(self, num_image_tokens: int, depth: int) -> tuple[int, ...]:
         """Image tokens before the first block and after each block: ``depth + 1`` values.

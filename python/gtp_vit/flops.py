@@ -136,6 +136,24 @@ def _build_graph(x: Shape, height: int, width: int, graph_type: str, *args: Any,
     return 2 * x[0] * (height * width) ** 2 * x[-1]
 
 
+def _live_graph(indptr: Shape, indices: Shape, *args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _live_select(
+    k: Shape, importance: Shape, indptr: Shape, indices: Shape, rep: Shape, *args: Any, **kwargs: Any
+) -> int:
+    """One cosine for each pair of neighbours: E / 2 products of d (not those that the choice computes again)."""
+    return k[0] * indices[1] * k[-1]
+
+
+def _live_merge(
+    x: Shape, branch: Shape, layer_scale: Shape | None, index_kept: Shape, index_prop: Shape, *args: Any, **kwargs: Any
+) -> int:
+    """Every row that leaves, times its share."""
+    return 2 * index_prop[0] * index_prop[1] * x[-1]
+
+
 FORMULAS: dict[str, Formula] = {
     "attention_with_scores": _attention,
     "attention_with_scores_backward": _attention_backward,
@@ -145,6 +163,9 @@ FORMULAS: dict[str, Formula] = {
     "residual_propagate_norm": _residual_propagate_norm,
     "select_residual_propagate_norm": _select_residual_propagate_norm,
     "build_graph": _build_graph,
+    "live_graph": _live_graph,
+    "live_select": _live_select,
+    "live_merge": _live_merge,
 }
 
 
@@ -189,9 +210,14 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
     if isinstance(example_or_size, Tensor):
         example = example_or_size
     else:
-        example = _noise(model, example_or_size)
+        example = noise(model, example_or_size)
     if example.ndim == 0 or example.shape[0] == 0:
         raise ValueError(f"example_or_size: expected at least one image, got shape {tuple(example.shape)}")
+    return float(counted(model, lambda: model(example)).get_total_flops()) / 2 / example.shape[0] / 1e9
+
+
+def counted(model: nn.Module, run: Callable[[], object]) -> flop_counter.FlopCounterMode:
+    """Counts ``run``, which calls ``model`` or parts of it, in evaluation mode and without gradients."""
     register_formulas()
     # The counter's module tracker fails where a module receives a parameter that requires gradients and gradients are
     # off (attention pooling: torch 2.11).
@@ -200,27 +226,29 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad(), flop_counter.FlopCounterMode(display=False) as counter:
-            model(example)
+            run()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
-    return float(counter.get_total_flops()) / 2 / example.shape[0] / 1e9
+    return counter
 
 
-def _noise(model: nn.Module, size: int | tuple[int, int]) -> Tensor:
-    height, width = _pair(size)
+def noise(model: nn.Module, size: int | tuple[int, int], name: str = "example_or_size") -> Tensor:
+    """One image of noise in the model's dtype and on its device; ``size``, called ``name``, as in :func:`gmacs`."""
+    height, width = _pair(size, name)
     if height < 1 or width < 1:
-        raise ValueError(f"example_or_size: sizes start at 1, got {(height, width)}")
+        raise ValueError(f"{name}: sizes start at 1, got {(height, width)}")
     parameter = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, height, width, generator=generator, device="cpu")
     return image.to(device=parameter.device, dtype=parameter.dtype)
 
 
-def _pair(size: object) -> tuple[int, int]:
+def _pair(size: object, name: str) -> tuple[int, int]:
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or any(isinstance(side, (bool, Tensor)) or not hasattr(side, "__index__") for side in sides):
-        raise TypeError(f"example_or_size: expected a tensor, an int or (height, width), got {size!r}")
+        expected = "a tensor, an int" if name == "example_or_size" else "an int"
+        raise TypeError(f"{name}: expected {expected} or (height, width), got {size!r}")
     return operator.index(sides[0]), operator.index(sides[1])

@@ -8,10 +8,10 @@ apply (gradients, tracing, autocast, hooks, other types of module) the module is
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -19,6 +19,19 @@ from gtp_kernels import backends
 
 # FLOPs of a product from which on it is worth the dispatch of these operators, which costs more than nn.Linear's.
 _WORTH = 30_000_000
+# Feed-forwards of two linear layers, fc1 and fc2, by name: neither library is imported for the other's sake.
+_TIMM = "timm.layers.mlp.Mlp"
+_TRANSFORMERS = frozenset(
+    f"transformers.models.{module}.modeling_{module}.{name}MLP"
+    for module, name in (
+        ("clip", "CLIP"),
+        ("deit", "DeiT"),
+        ("dinov2", "Dinov2"),
+        ("dinov2_with_registers", "Dinov2WithRegisters"),
+        ("siglip", "Siglip"),
+        ("vit", "ViT"),
+    )
+)
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
@@ -33,12 +46,13 @@ def feed_forward(mlp: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``mlp(x)``, or ``residual + mlp(x)``.
 
     Args:
-        mlp: any module; timm's ``Mlp`` with GELU, and neither dropout nor a norm inside, is fused.
+        mlp: any module; timm's ``Mlp`` with GELU, and neither dropout nor a norm inside, and the ones of the same
+            form in transformers are fused.
         x, residual: [B, N, C].
     """
     gelu = None
-    if _takes(x) and type(mlp) is Mlp and _is_plain(mlp.fc1, x) and _is_plain(mlp.fc2, x) and _is_inference():
-        gelu = _gelu(mlp)
+    if _takes(x) and (kind := _gelu_of(mlp)) and _is_plain(mlp.fc1, x) and _is_plain(mlp.fc2, x) and _is_inference():
+        gelu = kind(mlp)
     if gelu is None:
         out: Tensor = mlp(x)
         return out if residual is None else residual + out
@@ -109,14 +123,41 @@ def _has_operators() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _gelu(mlp: Mlp) -> str | None:
-    """The algorithm of the GELU of a feed-forward that consists of two linear layers and it; None for another one."""
+def _gelu_of(mlp: Any) -> Callable[[Any], str | None] | None:
+    """What reads the algorithm of the GELU between fc1 and fc2; None for a feed-forward that has no such form."""
+    name = _name(mlp)
+    return _timm_gelu if name == _TIMM else _transformers_gelu if name in _TRANSFORMERS else None
+
+
+def _timm_gelu(mlp: Any) -> str | None:
+    """The algorithm, where the feed-forward consists of two linear layers and the GELU; None for another one."""
     if type(mlp.act) is not nn.GELU or type(mlp.norm) is not nn.Identity:
         return None
     parts = (mlp, mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
     if any(has_hooks(part) for part in parts) or any(_drops(part) for part in (mlp.drop1, mlp.drop2)):
         return None
     return str(mlp.act.approximate)
+
+
+def _transformers_gelu(mlp: Any) -> str | None:
+    """The same for transformers, whose activations are modules around a function."""
+    activation = mlp.activation_fn
+    if has_hooks(mlp) or has_hooks(activation):
+        return None
+    if type(activation) is nn.GELU:
+        return str(activation.approximate)
+    if _name(activation) not in ("transformers.activations.GELUActivation", "transformers.activations.GELUTanh"):
+        return None
+    act = activation.act
+    if act is nn.functional.gelu:
+        return "none"
+    if type(act) is functools.partial and act.func is nn.functional.gelu and not act.args:
+        return "tanh" if act.keywords == {"approximate": "tanh"} else None
+    return None
+
+
+def _name(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _drops(module: Any) -> bool:

@@ -81,11 +81,11 @@ def interleave(
     def sample(call: Callable[[], object], repeats: int) -> float:
         if before_each is not None:
             before_each()
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        _synchronise(device)
+        synchronise(device)
         seconds = (time.perf_counter() - start) / repeats
         if progress is not None:
             progress()
@@ -102,7 +102,8 @@ def interleave(
     return {name: Spread(tuple(values)) for name, values in samples.items()}
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given; the CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

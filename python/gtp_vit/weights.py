@@ -6,6 +6,7 @@ Its file is read, the package is never imported.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -149,7 +150,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their arguments beside the weights; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise almost anything
         kind = "a PyTorch checkpoint that loads without running code in it"
         if path.suffix == ".safetensors":

@@ -11,6 +11,11 @@ import gtp_kernels
 # Name -> where the click command is.
 COMMANDS = {
     "demo": "gtp_vit.cli.demo:demo",
+    "doctor": "gtp_vit.cli.doctor:doctor",
+    "eval": "gtp_vit.cli.eval:evaluate_command",
+    "export": "gtp_vit.cli.export:export",
+    "finetune": "gtp_vit.cli.finetune:finetune",
+    "tune": "gtp_vit.cli.tune:tune",
 }
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gtp_vit
-from gtp_kernels import backends, checks
+from gtp_kernels import backends
 from gtp_vit import photos, picture, timing, weights
-from gtp_vit.config import GRAPH_TYPES, PROPAGATIONS, SELECTIONS
-from gtp_vit.timing import processor_name
+from gtp_vit.cli import common
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICTURE_SIDE = 576
 
 
@@ -59,15 +56,6 @@ class Measurement:
     lineage: Tensor
 
 
-def _num_prop(ctx: click.Context, param: click.Parameter, value: str) -> int | tuple[int, ...]:
-    """P: one number, or one per block separated by commas."""
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a number nor numbers separated by commas") from error
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
 @click.command(short_help="Patch a real model, measure it on photographs, draw what GTP did.")
 @click.option("--model", "name", default=weights.DEMO_MODEL, show_default=True, help="Any Vision Transformer of timm.")
 @click.option(
@@ -85,27 +73,12 @@ def _num_prop(ctx: click.Context, param: click.Parameter, value: str) -> int | t
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Your own photograph in place of the bundled ones; may be repeated.",
 )
-@click.option(
-    "--num-prop",
-    metavar="P[,P...]",
-    callback=_num_prop,
-    default="8",
-    show_default=True,
-    help="P, the tokens that leave in each block, or one number per block.",
-)
-@click.option("--sparsity", type=float, default=0.6, show_default=True, help="θ, the share of the attention map kept.")
-@click.option("--alpha", type=float, default=0.2, show_default=True, help="α, how much a neighbour takes in.")
-@click.option("--selection", type=click.Choice(SELECTIONS), default="MixedAttnMax", show_default=True)
-@click.option("--propagation", type=click.Choice(PROPAGATIONS), default="GraphProp", show_default=True)
-@click.option("--graph-type", type=click.Choice(GRAPH_TYPES), default="Mixed", show_default=True)
-@click.option("--num-neighbours", type=int, default=8, show_default=True, help="M, the semantic neighbours of a token.")
-@click.option("--token-scale/--no-token-scale", default=True, show_default=True, help="Count what a token stands for.")
-@click.option("--semantics", type=click.Choice(checks.SEMANTICS), default="official", show_default=True)
+@common.patch_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Timed batches of each.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's choice]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(common.DTYPES)), default="float32", show_default=True)
 @click.option("--backend", type=click.Choice(backends.NAMES), help="Force a backend of gtp_kernels.")
 @click.option(
     "--output",
@@ -133,14 +106,11 @@ def demo(
     Times the model and its patched copy in turns on real photographs, compares their features, counts their GMACs, and
     draws which patches remained and where the others went.
     """
-    place = _checked_device(device, backend)
-    if not output.resolve().parent.is_dir():
-        raise click.BadParameter(f"the folder {output.resolve().parent} does not exist", param_hint="--output")
+    place = common.checked_device(device, backend)
+    common.check_folder(output, "--output")
     console = Console()
     with contextlib.ExitStack() as stack:
-        if threads is not None:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
+        stack.enter_context(common.num_threads(threads))
         progress = stack.enter_context(
             Progress(
                 SpinnerColumn(),
@@ -151,7 +121,7 @@ def demo(
                 transient=True,
             )
         )
-        with _plain_errors():
+        with common.plain_errors():
             task = progress.add_task(f"weights of {name}", total=None)
             model, source = load_model(name, source, img_size)
             progress.update(task, description="photographs")
@@ -159,13 +129,9 @@ def demo(
                 labels, batch, display = _photographs(model, files)
             except ValueError as error:
                 raise click.BadParameter(str(error), param_hint="--images") from error
-            model = model.eval().to(device=place, dtype=DTYPES[dtype])
-            patched = copy.deepcopy(model)
-            try:
-                gtp_vit.patch(patched, **options)
-            except (ValueError, TypeError) as error:
-                raise click.UsageError(str(error)) from error
-            batch = batch.to(device=place, dtype=DTYPES[dtype])
+            model = model.eval().to(device=place, dtype=common.DTYPES[dtype])
+            patched = common.patched(copy.deepcopy(model), options)
+            batch = batch.to(device=place, dtype=common.DTYPES[dtype])
             result = measure(model, patched, batch, batch_size, rounds, backend, progress)
             progress.update(task, description="picture")
             image = picture.draw_propagation(
@@ -180,7 +146,7 @@ def demo(
             picture.save_propagation(output, image)
     sizes = " × ".join(map(str, batch.shape[-2:]))
     console.print(
-        f"[bold]{name}[/] ({source} weights), {sizes}, {dtype}, batch {batch_size}, {_machine(place)}, "
+        f"[bold]{name}[/] ({source} weights), {sizes}, {dtype}, batch {batch_size}, {common.machine(place)}, "
         f"torch {torch.__version__}",
         highlight=False,
     )
@@ -190,13 +156,16 @@ def demo(
     console.print(f"Picture: [bold]{output}[/]", highlight=False)
 
 
-def load_model(name: str, source: str | None = None, img_size: int | None = None) -> tuple[nn.Module, str]:
+def load_model(
+    name: str, source: str | None = None, img_size: int | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, str]:
     """A timm model with its weights, and where they came from in one word.
 
     Args:
         name: as `timm.create_model` takes it.
         source: `demo`, `hub`, `random`, a file, or None for `demo` with the default model.
         img_size: side of the images; None for 224 with the default model, else the model's own.
+        options: more of timm.create_model.
 
     Raises:
         click.UsageError: an unknown model, a size that it does not take, or no weights named for it.
@@ -205,16 +174,7 @@ def load_model(name: str, source: str | None = None, img_size: int | None = None
         gtp_vit.weights.WeightsError: weights that do not fit.
         click.ClickException: the download failed.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f'the demo needs timm, which does not import ({error}): pip install "gtp-kernels[demo]"'
-        ) from error
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise click.BadParameter(f"timm {timm.__version__} has no model {name!r}{hint}", param_hint="--model")
+    common.check_model_name(name)
     is_demo = name.partition(".")[0] == weights.DEMO_MODEL
     if source is None and not is_demo:
         raise click.UsageError(
@@ -236,17 +196,7 @@ def load_model(name: str, source: str | None = None, img_size: int | None = None
     else:
         state, origin = weights.read_weights(source), Path(source).name
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=source == "hub", **sized)
-    except Exception as error:
-        # Downloads fail in many classes of huggingface_hub, httpx and the standard library.
-        if source == "hub":
-            raise click.ClickException(f"timm could not load {name} from the hub: {_first_line(error)}") from error
-        if isinstance(error, RuntimeError | TypeError | ValueError | AssertionError):
-            raise click.UsageError(
-                f"timm cannot build {name} with {sized or 'its defaults'}: {_first_line(error)}"
-            ) from error
-        raise
+    model = common.create_model(name, source == "hub", **sized, **(options or {}))
     if state is not None:
         weights.load_weights(model, state, source=origin)
     return model, origin
@@ -278,14 +228,14 @@ def measure(
         with gtp_vit.trace(patched) as trace:
             for part in images.split(batch_size):
                 with backends.record() as chosen:
-                    features.append(_features(patched, part))
+                    features.append(common.features(patched, part))
                 for op, name in chosen:
                     if op not in ran.setdefault(name, []):
                         ran[name].append(op)
                 kept.append(trace.layers[-1].kept_tokens)
                 lineage.append(trace.lineage())
             grid_size = trace.grid_size
-        original = [_features(model, part) for part in images.split(batch_size)]
+        original = [common.features(model, part) for part in images.split(batch_size)]
         cosine = torch.nn.functional.cosine_similarity(torch.cat(features), torch.cat(original), dim=-1).cpu()
 
         progress.update(task, description="GMACs")
@@ -324,19 +274,10 @@ def measure(
     )
 
 
-def _features(model: Any, images: Tensor) -> Tensor:
-    """What the classifier would see, float32 [n, C]: the class token or the pooled tokens."""
-    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-    return features.float().flatten(1)
-
-
 def _photographs(model: nn.Module, files: Sequence[Path]) -> tuple[list[str], Tensor, Tensor]:
     """Names, the batch as the model wants it, and the same crops in [0, 1], large enough for the picture."""
-    from timm.data.config import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
-    height, width = (int(side) for side in size)
+    config = common.data_config(model)
+    height, width = config["input_size"][-2:]
     read = functools.partial(photos.read_photographs, files) if files else photos.photographs
     names, batch = read((height, width), mean=config["mean"], std=config["std"])
     scale = _PICTURE_SIDE / max(height, width)
@@ -400,42 +341,3 @@ def _subtitle(name: str, options: dict[str, Any], result: Measurement) -> str:
         f"{options['selection']}, {options['propagation']}{graph}; "
         f"feature cosine {result.cosine.mean():.3f}"
     )
-
-
-def _checked_device(device: str, backend: str | None) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise click.BadParameter(
-            f"{device!r} cannot be used here: {_first_line(error)}", param_hint="--device"
-        ) from error
-    if place.type == "meta":
-        raise click.BadParameter("meta tensors carry no data", param_hint="--device")
-    if backend is not None:
-        reasons = {op: backends.refusal(backend, op, place.type) for op in backends.OPS}
-        refused = [f"{op}: {reason}" for op, reason in reasons.items() if reason is not None]
-        if refused:
-            raise click.BadParameter(f"{backend} cannot run here. {'; '.join(refused)}", param_hint="--backend")
-    return place
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What a user can mend is a message; everything else stays a traceback."""
-    try:
-        yield
-    except (weights.WeightsError, ImportError, OSError, torch.OutOfMemoryError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
