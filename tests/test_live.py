@@ -155,12 +155,14 @@ def test_types_and_strides(backend, dtype):
     found = gtp_kernels.live_select(strided, importance.float(), live, 9, sizes)
     expected = reference.live_select(strided.double(), importance.float().double(), live, 9, sizes)
     assert_same_selection(found, expected)
-    branch = torch.randn_like(x).to(dtype)
+    branch = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out, normed = gtp_kernels.live_merge(x.to(dtype), branch, found)
     expected_out, expected_normed = reference.live_merge(x.to(dtype), branch, found)
     assert out.dtype == normed.dtype == dtype
-    torch.testing.assert_close(out, expected_out)
-    torch.testing.assert_close(normed, expected_normed)
+    # x is rounded once, to either side of a tie; the norm, of values around one, reads it and is rounded too.
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected_out, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(normed, expected_normed, rtol=tolerance, atol=tolerance)
 
 
 def test_exact_ties(backend):
