@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.measure import Ceilings, measure_ceilings, provenance, slug
-from benchmarks.models import model_case
+from benchmarks.models import live_case, model_case
 from benchmarks.registry import OPS, Setting
 from benchmarks.runner import run_cases
 from gtp_vit.timing import processor_name
@@ -41,8 +41,10 @@ MODELS = (
     ("deit_small_patch16_224", 16),
     ("deit_base_patch16_224", 4),
 )
+LIVE_MODELS = (("deit_small_patch16_224", 8), ("deit_small_patch16_224", 16))
 NUM_PROPS = (1, 8, 14)
-ROUNDS, ROUNDS_OF_ONE = 9, 41  # a batch of one image takes milliseconds: more rounds against noise
+# A batch of one image takes milliseconds, and the line of LiveGraph is two parts in a hundred: more against noise.
+ROUNDS, ROUNDS_OF_ONE, ROUNDS_OF_LIVE = 9, 41, 21
 MEMORY = """
 import pathlib, torch, gtp_kernels
 
@@ -98,6 +100,8 @@ def pieces(ceilings: Callable[[str], Ceilings]) -> Iterator[tuple[str, Callable[
         for name, batch in MODELS:
             for num_prop in NUM_PROPS:
                 yield f"{name} b{batch} P{num_prop} {dtype}", partial(_model, ceilings, name, batch, num_prop, dtype)
+        for name, batch in LIVE_MODELS:
+            yield f"{name} LiveGraph b{batch} P8 {dtype}", partial(_live, ceilings, name, batch, dtype)
     yield "memory", _memory
 
 
@@ -114,6 +118,12 @@ def _model(
     return {"results": run_cases([case], CPU, ceilings(dtype), rounds=rounds, dtype=dtype, progress=progress)}
 
 
+def _live(ceilings: Callable[[str], Ceilings], name: str, batch: int, dtype: str, progress: Any) -> dict[str, Any]:
+    case = live_case(name, batch, Setting(CPU, getattr(torch, dtype), 8))
+    found = run_cases([case], CPU, ceilings(dtype), rounds=ROUNDS_OF_LIVE, dtype=dtype, progress=progress)
+    return {"results": found}
+
+
 def _memory(progress: Any) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
     return {"bytes": int(done.stdout)}
@@ -127,6 +137,8 @@ def lines(found: dict[str, dict[str, Any]]) -> Iterator[Line]:
                 yield Line(f"{result['case']} {result['shape']} {result['dtype']}: {result['error']}", 0.0, 1.0)
             elif result["case"] == "attention":
                 yield from _attention_lines(result)
+            elif result.get("propagation") == "LiveGraph":
+                yield from _live_lines(result)
             else:
                 yield from _model_lines(result)
         if "bytes" in piece:
@@ -155,6 +167,12 @@ def _model_lines(result: dict[str, Any]) -> Iterator[Line]:
         yield Line(f"{what}: × timm", speed["timm"], 1.0)
     else:
         yield Line(f"{what}: × timm", speed["timm"], None)
+
+
+def _live_lines(result: dict[str, Any]) -> Iterator[Line]:
+    what = f"{result['case']} b{result['batch']} P{result['num_prop']} {result['dtype']}"
+    yield Line(f"{what}: time / GraphProp", result["ratio"]["GraphProp"], 1.02, None, True)
+    yield Line(f"{what}: × ToMe", 1 / result["ratio"]["tome"], 1.1)
 
 
 def table_of(found: list[Line]) -> Table:

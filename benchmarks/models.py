@@ -47,18 +47,6 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     merging = MergeOnly(len(dense.blocks), num_prop, dense.embed_dim // heads, dense.num_prefix_tokens)
     tokens = setting.randn(batch, num_tokens, dense.embed_dim)
 
-    def check() -> None:
-        with torch.inference_mode(), gtp_kernels.use_backend("reference"):
-            expected = patched.forward_features(images[:1])
-        with torch.inference_mode():
-            ours = patched.forward_features(images[:1])
-        # With random weights rounding decides many selections; the class token hardly sees which tokens stayed, nor
-        # does the mean of all, where there is none.
-        pooled = (lambda x: x[:, 0]) if dense.num_prefix_tokens else (lambda x: x.mean(1))
-        agree("pooled token", pooled(ours), pooled(expected), 0.2)
-        if ours.shape != expected.shape:
-            raise AssertionError(f"shapes differ: {tuple(ours.shape)}, {tuple(expected.shape)}")
-
     modules = {"ours": patched, "timm": dense, "slicing": sliced(dense, num_prop), "tome": ToMe(dense, num_prop)}
     if not setting.on_gpu and compile_mode == "none":
         modules["slicing, fused linear"] = sliced(dense, num_prop, fused=True)
@@ -69,7 +57,44 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     flops = round(2e9 * batch * gtp_vit.gmacs(patched, images[:1]))
     shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
     about = {"model": name, "batch": batch, "num_prop": num_prop, "compile": compile_mode, "sparsity": 0.6}
+    check = _check(patched, dense.num_prefix_tokens, images)
     return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
+
+
+def live_case(name: str, batch: int, setting: Setting, **create: Any) -> Case:
+    """One model: ``ours`` is patched with LiveGraph (θ = 0.6); beside it GraphProp, and ToMe, at the same P."""
+    import timm
+
+    torch.manual_seed(0)
+    dense: Any = timm.create_model(name, pretrained=False, **create).eval().to(setting.device, setting.dtype)
+    num_prop = setting.num_prop
+    ours, published = (
+        gtp_vit.patch(copy.deepcopy(dense), num_prop=num_prop, sparsity=0.6, propagation=propagation)
+        for propagation in ("LiveGraph", "GraphProp")
+    )
+    images = setting.randn(batch, 3, *dense.patch_embed.img_size)
+    modules = {"ours": ours, "GraphProp": published, "tome": ToMe(dense, num_prop)}
+    calls: dict[str, Callable[[], object]] = {label: _call(module, images) for label, module in modules.items()}
+    flops = round(2e9 * batch * gtp_vit.gmacs(ours, images[:1]))
+    about = {"model": name, "batch": batch, "num_prop": num_prop, "propagation": "LiveGraph", "sparsity": 0.6}
+    check = _check(ours, dense.num_prefix_tokens, images)
+    return Case(f"{name} LiveGraph", f"B{batch} P{num_prop}", calls, check, flops=flops, items=batch, about=about)
+
+
+def _check(patched: Any, num_prefix: int, images: Tensor) -> Callable[[], None]:
+    def check() -> None:
+        with torch.inference_mode(), gtp_kernels.use_backend("reference"):
+            expected = patched.forward_features(images[:1])
+        with torch.inference_mode():
+            ours = patched.forward_features(images[:1])
+        # With random weights rounding decides many selections; the class token hardly sees which tokens stayed, nor
+        # does the mean of all, where there is none.
+        pooled = (lambda x: x[:, 0]) if num_prefix else (lambda x: x.mean(1))
+        agree("pooled token", pooled(ours), pooled(expected), 0.2)
+        if ours.shape != expected.shape:
+            raise AssertionError(f"shapes differ: {tuple(ours.shape)}, {tuple(expected.shape)}")
+
+    return check
 
 
 def _compiled(module: Any, mode: str) -> Callable[[Tensor], object]:

@@ -83,7 +83,9 @@ def render_cpu(folder: Path) -> str:
         results = [result for result in _results(report) if "median" in result]
         origin = f"{report['threads']} threads, torch {report['torch']}; commit {report['commit']}"
         parts.append(f"**{report['device']}**, {origin}; `benchmarks/results/{path.parent.name}/lines.json`.")
-        parts.append(_cpu_models([result for result in results if "model" in result]))
+        models = [result for result in results if "model" in result]
+        parts.append(_cpu_models([result for result in models if result.get("propagation") != "LiveGraph"]))
+        parts += _cpu_live([result for result in models if result.get("propagation") == "LiveGraph"])
         parts.append(_cpu_attention([result for result in results if result["case"] == "attention"]))
     return "\n\n".join(parts) or "Not yet measured."
 
@@ -99,6 +101,15 @@ def _cpu_models(results: list[dict[str, Any]]) -> str:
         rows.append([name, str(batch), dtype, " / ".join(str(result["num_prop"]) for result in group), *several])
     head = ["model", "batch", "type", "P", *(f"× {label}" for label in CPU_BASELINES.values())]
     return "End to end, ×: larger is faster; one number for each P.\n\n" + _table(head, rows)
+
+
+def _cpu_live(results: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [r["model"], str(r["batch"]), r["dtype"], str(r["num_prop"]), _times(r, "tome"), _times(r, "GraphProp")]
+        for r in results
+    ]
+    head = ['`propagation="LiveGraph"`', "batch", "type", "P", "× ToMe", "× GraphProp"]
+    return [_table(head, rows)] if rows else []
 
 
 def _cpu_attention(results: list[dict[str, Any]]) -> str:

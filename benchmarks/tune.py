@@ -96,7 +96,7 @@ def problems(device: torch.device, *, tiny: bool = False) -> list[Problem]:
     for dtype in dtypes:
         found += [attention_problem(device, dtype, shape, 0.6, backward=True) for shape in heads]
         for stream in streams:
-            found += stream_problems(device, dtype, stream, ("propagate", "backward", "dense", "rank"))
+            found += stream_problems(device, dtype, stream, ("propagate", "backward", "dense", "rank", "live", "merge"))
     for dtype in dtypes:
         found += stream_problems(device, dtype, (1, 6, 16) if tiny else streams[0], ("many",))
         found += stream_problems(device, dtype, (1, 3, 8208) if tiny else (32, 14, 12288), ("residual",))
@@ -182,13 +182,41 @@ def stream_problems(
         x, *_ = inputs()
         return lambda: _operators().build_graph(x, side, side, "Mixed", min(8, n - 1), 1, "official")
 
+    def live_arguments() -> tuple[Any, ...]:
+        import gtp_kernels
+
+        x, (indptr, indices, values, token), _, _ = inputs()
+        k = _randn(device, dtype, batch, 1 + n, max(channels // 64, 1), min(channels, 64)).transpose(1, 2)
+        with gtp_kernels.use_backend("reference"):
+            live = gtp_kernels.live_graph(gtp_kernels.TokenGraph(indptr, indices, values, token))
+        importance, sizes = _randn(device, torch.float32, batch, n).abs(), torch.ones(batch, 1 + n, device=device)
+        return x, (k, importance, live.indptr, live.indices, live.rep, sizes, num_prop, 0.25, 1)
+
+    def live() -> Callable[[], Outputs]:
+        _, arguments = live_arguments()
+        return lambda: (*_operators().live_select(*arguments),)
+
+    def merge() -> Callable[[], Outputs]:
+        import gtp_kernels
+        from gtp_kernels.graph import LiveGraph
+
+        x, (k, importance, *graph, sizes, leave, gamma, prefix) = live_arguments()
+        with gtp_kernels.use_backend("reference"):
+            found = gtp_kernels.live_select(
+                k, importance, LiveGraph(*graph), leave, sizes, gamma=gamma, num_prefix=prefix
+            )
+        scale, weight, bias = _randn(device, dtype, 3, channels).unbind(0)
+        return lambda: _operators().live_merge(x, x, scale, *found[:4], weight, bias, 1e-6, "layer", 1)
+
     makers = dict(residual=residual, propagate=propagate, backward=backward, dense=dense, select=select, rank=rank)
-    makers.update(many=partial(propagate, 40 if side > 6 else n - 1), graph=graph)
+    makers.update(many=partial(propagate, 40 if side > 6 else n - 1), graph=graph, live=live, merge=merge)
     for kind in kinds:
         scores_only = kind in ("select", "rank")
         view = _adjacency if kind == "graph" else tuple
         name = f"{kind} B{batch} n{n}" + ("" if scores_only else f" C{channels} {_name(dtype)}")
-        yield Problem(name, makers[kind], 16 * torch.finfo(dtype).eps, 2e-3 if kind == "graph" else 0.0, view)
+        # A rounding moves an edge, or a merge.
+        flips = 2e-3 if kind in ("graph", "live") else 0.0
+        yield Problem(name, makers[kind], 16 * torch.finfo(dtype).eps, flips, view)
 
 
 def _operators() -> Any:

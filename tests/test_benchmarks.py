@@ -366,6 +366,13 @@ def test_run_times_a_model_against_its_baselines() -> None:
     assert overhead["share"] > 0
 
 
+def test_run_times_live_edges() -> None:
+    case = models.live_case("vit_tiny_patch16_224", 1, CPU, img_size=64, depth=1, embed_dim=32, num_heads=2)
+    (result,) = runner.run_cases([case], CPU.device, CEILINGS, rounds=1, dtype="float32")
+    assert list(result["median"]) == ["ours", "GraphProp", "tome"]
+    assert result["propagation"] == "LiveGraph"
+
+
 def test_training_times_the_step(tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     arguments = ["--tiny", "--model", "vit_tiny_patch16_224", "--batch", "2", "--num-prop", "2", "--rounds", "1"]
@@ -509,10 +516,13 @@ def cpu_pieces() -> dict[str, Any]:
     attention = timed("attention", "B16 H6 N197 d64", {"sdpa": 0.8, "sdpa+bias": 0.7, "definition": 0.1})
     ratio = {"timm": 0.75, "slicing": 1.05, "slicing, fused linear": 1.1, "tome": 0.9}
     model = [timed("m", f"B8 P{p}", ratio, model="m", batch=8, num_prop=p) for p in (8, 1)]
+    about = {"model": "m", "batch": 8, "num_prop": 8, "propagation": "LiveGraph"}
+    live = timed("m LiveGraph", "B8 P8", {"GraphProp": 1.03, "tome": 0.8}, **about)
     wrong = {"case": "attention", "shape": "B4 H12 N785 d64", "dtype": "bfloat16", "error": "out differs"}
     return {
         "attention": {"results": [attention, wrong]},
         "m": {"results": model},
+        "live": {"results": [live]},
         "memory": {"bytes": 8_000_000},
     }
 
@@ -528,6 +538,8 @@ def test_lines_are_held_or_missed() -> None:
         "m b8 P8 bfloat16: × free slicing": "missed",
         "m b8 P8 bfloat16: × ToMe": "holds",
         "m b8 P1 bfloat16: × free slicing": "missed",
+        "m LiveGraph b8 P8 bfloat16: time / GraphProp": "missed",
+        "m LiveGraph b8 P8 bfloat16: × ToMe": "holds",
         "attention B1 H12 N4096 float32: MB above inputs and outputs": "holds",
     }
     assert lines.Line("", 0.75, 0.9, 0.75, at_most=True).verdict == "goal"
@@ -541,6 +553,7 @@ def test_readme_has_the_lines(tmp_path: Path) -> None:
     text = readme.render_cpu(tmp_path)
     assert "**CPU**, 2 threads, torch 2.11.0; commit abc" in text
     assert "| m | 8 | bfloat16 | 1 / 8 | 1.33 / 1.33 | 0.95 / 0.95 | 0.91 / 0.91 | 1.11 / 1.11 |" in text
+    assert "| m | 8 | bfloat16 | 8 | 1.25 | 0.97 |" in text
     assert "| B16 H6 N197 d64 | bfloat16 | 0.02 | 1.25 | 1.43 | 10.00 | – |" in text
     assert readme.render_cpu(tmp_path / "cpu") == "Not yet measured."
 
