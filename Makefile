@@ -130,7 +130,7 @@ IN_PYTHON = LD_PRELOAD="$(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c
   ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 PYTHONPATH=$(LIB) \
   GTP_TESTED_FOLDER=$(LIB)/gtp_kernels
 # The native tests, and those of the ops for bfloat16, which NumPy lacks.
-SANITIZE_TESTS := $(addprefix $(CURDIR)/tests/test_,native.py attention.py propagate.py graph.py select.py)
+SANITIZE_TESTS := $(addprefix $(CURDIR)/tests/test_,native.py attention.py propagate.py graph.py select.py live.py)
 
 sanitize: sanitize-address sanitize-thread  ## the native tests under GCC's address, undefined and thread sanitizers
 

@@ -143,13 +143,18 @@ def blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, pro
         assert torch.all(sizes[:, prefix:].sum(1) <= grid[0] * grid[1] + 1e-4)
 
 
+@pytest.mark.parametrize("size", [32, 41])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @KERNELS
-def test_types_and_strides(backend, dtype):
-    """Keys of a qkv projection, in every type: as the same keys in float64 and contiguous."""
-    x, k, importance, graph = case(2, 3, (8, 8), 32, 24, 1)
+def test_types_and_strides(backend, dtype, contiguous, size):
+    """Keys of a qkv projection, in every type: as the same keys in float64 and contiguous; and with a row's elements
+    apart."""
+    x, k, importance, graph = case(2, 3, (8, 8), size, 24, 1)
     qkv = torch.stack((k, k, k)).permute(1, 3, 0, 2, 4).contiguous().to(dtype)
     strided = qkv.permute(2, 0, 3, 1, 4)[1]
+    if not contiguous:
+        strided = strided.mT.contiguous().mT
     sizes = torch.ones(2, 65)
     live = gtp_kernels.live_graph(graph)
     found = gtp_kernels.live_select(strided, importance.float(), live, 9, sizes)

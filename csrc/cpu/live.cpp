@@ -20,6 +20,7 @@ namespace GTP_ISA {
 namespace {
 
 constexpr double kLeastImportance = 1e-6;  // of the mean
+constexpr int64_t kRowsAhead = 2;
 
 template <class T>
 class LiveSelect {
@@ -31,13 +32,12 @@ class LiveSelect {
       : p(params), rows(p.tokens - p.prefix), kept(rows - p.prop), width((p.head_size + W - 1) / W * W) {}
 
   size_t bytes() const {
-    return Scratch::bytes<T>(rows * width) + Scratch::bytes<T>(p.head_size) + 2 * Scratch::bytes<T>(rows) +
-           4 * Scratch::bytes<int32_t>(rows) + Scratch::bytes<int32_t>(p.origins) + Scratch::bytes<double>(rows);
+    return Scratch::bytes<T>(rows * width) + 2 * Scratch::bytes<T>(rows) + 4 * Scratch::bytes<int32_t>(rows) +
+           Scratch::bytes<int32_t>(p.origins) + Scratch::bytes<double>(rows);
   }
 
   void carve(Scratch& scratch) {
     unit = scratch.take<T>(rows * width);
-    buffer = scratch.take<T>(p.head_size);
     best = scratch.take<T>(rows);
     score = scratch.take<T>(rows);
     order = scratch.take<int32_t>(rows);
@@ -80,18 +80,37 @@ class LiveSelect {
 
   // The mean of the keys over heads, at unit length; what lies beyond d is zero.
   void make_unit_keys() {
-    for (int64_t i = 0; i < rows; ++i) {
-      T* target = unit + i * width;
-      for (int64_t c = 0; c < width; ++c) target[c] = 0;
-      for (int64_t h = 0; h < p.heads; ++h) {
-        const int64_t offset = image * p.stride_k[0] + h * p.stride_k[1] + (p.prefix + i) * p.stride_k[2];
-        const T* row = load_row(p.k, p.dtype, offset, p.stride_k[3], p.head_size, buffer);
-        for (int64_t c = 0; c < p.head_size; ++c) target[c] += row[c];
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return add_heads<double>();
+    } else {
+      switch (p.dtype) {
+        case DType::BFloat16:
+          return add_heads<BFloat16>();
+        case DType::Float16:
+          return add_heads<Float16>();
+        default:
+          return add_heads<float>();
       }
-      const T heads = static_cast<T>(p.heads);
+    }
+  }
+
+  template <class E>
+  void add_heads() {
+    const T heads = static_cast<T>(p.heads);
+    const int64_t whole = p.stride_k[3] == 1 ? p.head_size / W * W : 0;
+    const E* keys = static_cast<const E*>(p.k) + image * p.stride_k[0] + p.prefix * p.stride_k[2];
+    for (int64_t i = 0; i < rows; ++i, keys += p.stride_k[2]) {
+      if (i + kRowsAhead < rows) fetch(keys + kRowsAhead * p.stride_k[2]);
+      T* target = unit + i * width;
       V squares{};
       for (int64_t c = 0; c < width; c += W) {
-        const V mean = load(target + c) / splat(heads);
+        V sum{};
+        if (c < whole) {
+          for (int64_t h = 0; h < p.heads; ++h) sum += load(keys + h * p.stride_k[1] + c);
+        } else {
+          for (int64_t h = 0; h < p.heads; ++h) sum += rest(keys + h * p.stride_k[1], c);
+        }
+        const V mean = sum / splat(heads);
         store(target + c, mean);
         squares += mean * mean;
       }
@@ -101,12 +120,61 @@ class LiveSelect {
     }
   }
 
+  // A row of all heads, when it is contiguous; kilobytes from the one before it.
+  template <class E>
+  GTP_INLINE_MEMBER void fetch(const E* keys) const {
+    if (p.stride_k[3] != 1) return;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const char* row = reinterpret_cast<const char*>(keys + h * p.stride_k[1]);
+      for (int64_t c = 0; c < p.head_size * static_cast<int64_t>(sizeof(E)); c += 64) __builtin_prefetch(row + c);
+    }
+  }
+
+  // The vector at c of a key, one element after the other.
+  template <class E>
+  V rest(const E* key, int64_t c) const {
+    E lanes[W] = {};
+    for (int64_t j = c; j < p.head_size && j < c + W; ++j) lanes[j - c] = key[j * p.stride_k[3]];
+    return load(lanes);
+  }
+
   // The cosine of two rows, the same to the bit either way round; -1 for what is no number.
   GTP_INLINE_MEMBER T cosine(int64_t a, int64_t b) const {
     V sum{};
     for (int64_t c = 0; c < width; c += W) sum += load(unit + a * width + c) * load(unit + b * width + c);
-    const T x = reduce_sum<T>(sum);
+    return number(reduce_sum<T>(sum));
+  }
+
+  static T number(T x) {
     return x - x == T(0) ? x : T(-1);
+  }
+
+  // Pairs of rows, four at a time, so that no product waits for the one before it.
+  struct Pairs {
+    static constexpr int kCount = 4;
+    int count = 0;
+    int32_t a[kCount], b[kCount];
+  };
+
+  GTP_INLINE_MEMBER void add_pair(Pairs& pairs, int32_t a, int32_t b) {
+    pairs.a[pairs.count] = a;
+    pairs.b[pairs.count] = b;
+    if (++pairs.count < Pairs::kCount) return;
+    pairs.count = 0;
+    V sums[Pairs::kCount] = {};
+    for (int64_t c = 0; c < width; c += W) {
+      for (int j = 0; j < Pairs::kCount; ++j) {
+        sums[j] += load(unit + pairs.a[j] * width + c) * load(unit + pairs.b[j] * width + c);
+      }
+    }
+    T cosines[Pairs::kCount];
+    for (int j = 0; j < Pairs::kCount; ++j) cosines[j] = reduce_sum<T>(sums[j]);
+    for (int j = 0; j < Pairs::kCount; ++j) see(pairs.a[j], pairs.b[j], number(cosines[j]));
+  }
+
+  GTP_INLINE_MEMBER void see(int32_t a, int32_t b, T cosine) {
+    best[a] = cosine > best[a] ? cosine : best[a];
+    best[b] = cosine > best[b] ? cosine : best[b];
   }
 
   // best: -inf for a row without edges. first and next: the original tokens that each row carries.
@@ -115,6 +183,7 @@ class LiveSelect {
       best[i] = -Vec<T>::inf;
       first[i] = -1;
     }
+    Pairs pairs;
     for (int64_t u = p.origins - 1; u >= 0; --u) {
       const int32_t a = rep[u];
       if (a < 0) continue;
@@ -122,12 +191,10 @@ class LiveSelect {
       first[a] = static_cast<int32_t>(u);
       for (int32_t e = indptr[u + 1] - 1; e >= indptr[u] && indices[e] > u; --e) {
         const int32_t b = rep[indices[e]];
-        if (b < 0 || a == b) continue;
-        const T w = cosine(a, b);
-        best[a] = w > best[a] ? w : best[a];
-        best[b] = w > best[b] ? w : best[b];
+        if (b >= 0 && a != b) add_pair(pairs, a, b);
       }
     }
+    for (int j = 0; j < pairs.count; ++j) see(pairs.a[j], pairs.b[j], cosine(pairs.a[j], pairs.b[j]));
   }
 
   void make_scores() {
@@ -228,7 +295,7 @@ class LiveSelect {
   const int64_t rows, kept, width;
   int64_t image = 0;
   const int32_t *indptr, *indices, *rep;
-  T *unit, *buffer, *best, *score;
+  T *unit, *best, *score;
   int32_t *order, *into, *place, *first, *next;
   double* total;
 };
