@@ -95,6 +95,22 @@ struct Forward {
     }
   }
 
+#if defined(__AVX512BF16__)
+  // What becomes of a row of a tile of the product with V: bfloat16.
+  struct Rounded {
+    uint16_t* target;
+    int64_t ld;
+
+    template <class Values>
+    GTP_INLINE_MEMBER void operator()(int64_t i, int64_t j, const Values& values) const {
+      for (const V& x : values) {
+        store_rounded(reinterpret_cast<BFloat16*>(target + i * ld + j), x);
+        j += W;
+      }
+    }
+  };
+#endif
+
   void finish_block(int64_t b, int64_t h, const T* e, int64_t i0, int64_t count, int64_t fresh, T threshold) {
     const T* share = map.share + i0;
     const auto value = [&](int64_t i, int64_t j) {
@@ -124,6 +140,15 @@ struct Forward {
       multiply(count, depth, block, block_ld, values, value_panels, static_cast<T*>(p.out) + out0, ldo);
       return;
     }
+#if defined(__AVX512BF16__)
+    if constexpr (!Vec<E>::is_floating) {
+      if (value_width == size) {
+        multiply(count, depth, block, block_ld, values, value_panels,
+                 Rounded{static_cast<uint16_t*>(p.out) + out0, ldo});
+        return;
+      }
+    }
+#endif
     multiply(count, depth, block, block_ld, values, value_panels, out_block, value_width);
     for (int64_t i = 0; i < count; ++i) store_row(out_block + i * value_width, p.out, p.dtype, out0 + i * ldo, size);
   }
