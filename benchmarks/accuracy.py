@@ -6,6 +6,7 @@ without the threshold of the attention map and the token scales. Writes ``accura
 tables of ``docs/accuracy.md``. Nothing is timed.
 
 python -m benchmarks.accuracy                      everything
+python -m benchmarks.accuracy --keep               only the methods and settings that are not in the JSON yet
 python -m benchmarks.accuracy --redraw             tables and plot from the JSON that is there
 python -m benchmarks.accuracy --quick              tries the tool on a tiny model, measures nothing
 """
@@ -91,6 +92,7 @@ METHODS = {
     "no propagation": Method(gtp(**DROP), token_scales=(None,)),
     "random, no propagation": Method(gtp(**DROP, selection="Random"), token_scales=(None,)),
     "ToMe": Method(tome, sparsities=(None,)),
+    "LiveGraph": Method(gtp(propagation="LiveGraph"), sparsities=(1.0, 0.6)),
 }
 
 
@@ -128,9 +130,15 @@ def evaluate(
     test: digits.Digits,
     size: int,
     ps: Sequence[int],
+    known: Sequence[Report],
+    commit: object,
     progress: Callable[[str], object],
 ) -> Report:
     """Every method at every setting and P, and the unpatched models, one for each seed.
+
+    Args:
+        known: rows that are taken as they are.
+        commit: of the other rows.
 
     Returns:
         ``unpatched`` with ``correct``, one count for each seed, and ``rows`` with ``correct[i][j]``, of the i-th P and
@@ -146,7 +154,11 @@ def evaluate(
     for name, method in METHODS.items():
         for number, (sparsity, scales) in enumerate(method.settings()):
             row: Report = {"method": name, "default": number == 0, "sparsity": sparsity, "token_scales": scales}
-            row |= {"tokens": [], "gmacs": [], "correct": []}
+            earlier = [one for one in known if row.items() <= one.items()]
+            if earlier:
+                rows.append(earlier[0])
+                continue
+            row |= {"commit": commit, "tokens": [], "gmacs": [], "correct": []}
             for num_prop in ps:
                 reduced = [method.reduce(model, num_prop, sparsity, scales) for model in models]
                 row["tokens"].append(tokens_left(reduced[0], image))
@@ -168,10 +180,11 @@ def render(report: Report) -> str:
     recipe, unpatched = report["recipe"], report["unpatched"]
     mean, spread = per_cent(report, unpatched["correct"])
     each = ", ".join(f"{100 * count / recipe['test_images']:.1f}" for count in unpatched["correct"])
+    commits = sorted({str(row["commit"]) for row in report["rows"]})
     origin = (
         f"Unpatched: {mean:.1f} ± {spread:.1f} % of {recipe['test_images']} test images ({each}), "
         f"{unpatched['gmacs']:.3f} GMACs. Seeds {', '.join(map(str, report['seeds']))}, torch {report['torch']}, "
-        f"commit {report['commit']}; `benchmarks/results/digits/accuracy.json`."
+        f"commit {', '.join(commits)}; `benchmarks/results/digits/accuracy.json`."
     )
     return "\n\n".join((origin, _defaults(report), _settings(report)))
 
@@ -288,6 +301,7 @@ def _comments(part: str) -> str:
 @click.option("--step", default=2, show_default=True, type=click.IntRange(1), help="Between one P and the next.")
 @click.option("--threads", default=None, type=click.IntRange(1), help="torch's own choice by default.")
 @click.option("--quick", is_flag=True, help="A tiny model and few images: tries the tool, measures nothing.")
+@click.option("--keep", is_flag=True, help="Keep what is there, also where it comes from other sources.")
 @click.option("--redraw", is_flag=True, help="Only the plot and the tables, from the JSON that is there.")
 @click.option(
     "--output", "folder", default=None, type=click.Path(file_okay=False, path_type=Path),
@@ -303,6 +317,7 @@ def main(
     step: int,
     threads: int | None,
     quick: bool,
+    keep: bool,
     redraw: bool,
     folder: Path | None,
     document: Path | None,
@@ -322,17 +337,21 @@ def main(
         recipe = digits.TINY if quick else digits.Recipe()
         if epochs is not None:
             recipe = replace(recipe, epochs=epochs)
-        report = run(recipe, list(range(seeds or (2 if quick else 3))), step)
+        earlier = json.loads(path.read_text()) if keep and path.is_file() else None
+        report = run(recipe, list(range(seeds or (2 if quick else 3))), step, earlier)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
     write(report, folder, document)
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(render(report)))
 
 
-def run(recipe: digits.Recipe, seeds: list[int], step: int) -> Report:
-    """Trains and evaluates: the report."""
+def run(recipe: digits.Recipe, seeds: list[int], step: int, earlier: Report | None = None) -> Report:
+    """Trains and evaluates: the report. Of an earlier one, of the same models and P, the rows are kept."""
     ps = num_props((recipe.img_size // recipe.patch_size) ** 2, recipe.depth, step)
-    evaluations = len(ps) * sum(len(list(method.settings())) for method in METHODS.values())
+    about = {"recipe": asdict(recipe), "training": digits.digest(recipe), "seeds": seeds, "num_props": ps}
+    same = earlier is not None and {key: earlier.get(key) for key in about} == about
+    known = earlier["rows"] if earlier is not None and same else []
+    evaluations = len(ps) * (sum(len(list(method.settings())) for method in METHODS.values()) - len(known))
     _, test = digits.load(recipe)
     # Before the training: what is committed meanwhile is not what ran.
     origin = provenance()
@@ -347,8 +366,7 @@ def run(recipe: digits.Recipe, seeds: list[int], step: int) -> Report:
         def progress(what: str) -> None:
             bar.update(task, description=what, advance=1)
 
-        found = evaluate(models, seeds, test, recipe.img_size, ps, progress)
-    about = {"recipe": asdict(recipe), "training": digits.digest(recipe), "seeds": seeds, "num_props": ps}
+        found = evaluate(models, seeds, test, recipe.img_size, ps, known, origin["commit"], progress)
     return {**origin, **about, **found}
 
 

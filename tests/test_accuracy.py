@@ -89,6 +89,21 @@ def test_quick_run_writes_table_and_plot(quick: tuple[Path, accuracy.Report, str
     assert accuracy.digest(report) in plot
 
 
+def test_keeping_measures_what_is_missing(
+    quick: tuple[Path, accuracy.Report, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, report, _ = quick
+    monkeypatch.setattr(accuracy, "BUILD", folder.parent)
+    kept = [{**row, "commit": "earlier"} for row in report["rows"] if row["method"] != "ToMe"]
+    (tmp_path / "accuracy.json").write_text(json.dumps({**report, "rows": kept}))
+    arguments = ["--quick", "--step", str(STEP), "--keep", "--output", str(tmp_path)]
+    done = testing.CliRunner().invoke(accuracy.main, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "accuracy.json").read_text())
+    assert found["rows"] == [row if row["method"] == "ToMe" else {**row, "commit": "earlier"} for row in report["rows"]]
+    assert f"commit {', '.join(sorted({'earlier', str(report['commit'])}))};" in (tmp_path / "accuracy.md").read_text()
+
+
 def test_redrawing_changes_nothing(quick: tuple[Path, accuracy.Report, str], tmp_path: Path) -> None:
     folder, _, _ = quick
     (tmp_path / "accuracy.json").write_bytes((folder / "accuracy.json").read_bytes())
