@@ -427,7 +427,7 @@ _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
 _PATCHED = _TOWERS | _ENCODERS | _LAYERS | _ATTENTIONS
 _ORIGINAL = {patched: original for original, patched in _PATCHED.items()}
 # Models of one tower and a linear head on its class token or on the mean of its tokens.
-_HEADED = (
+HEADED = (
     vit.ViTForImageClassification,
     deit.DeiTForImageClassification,
     deit.DeiTForImageClassificationWithTeacher,
@@ -438,7 +438,7 @@ _HEADED = (
     siglip.SiglipForImageClassification,
 )
 # Models around a tower that fewer tokens fit.
-_HOLDERS = (*_HEADED, clip.CLIPModel, siglip.SiglipModel)
+_HOLDERS = (*HEADED, clip.CLIPModel, siglip.SiglipModel)
 SUPPORTED = ", ".join(cls.__name__ for cls in _TOWERS)
 _BIAS = "its attention adds a relative position bias"
 _WINDOWS = "its windows of attention need every token in its place"
@@ -503,7 +503,7 @@ def unpatch(model: Any) -> Any:
 def work(model: Any, size: int | tuple[int, int] | None = None) -> ModelWork:
     """The work of a tower, or of one with a head, patched or not; ``size`` as in :func:`gtp_vit.schedule`."""
     path, tower = _one_tower(model)
-    if tower is not model and type(model) not in _HEADED:
+    if tower is not model and type(model) not in HEADED:
         raise TypeError(
             f"model must be a vision tower of transformers, alone or with a classifier or projection; got "
             f"{type(model).__name__}: give its tower, model.{path}"
