@@ -131,6 +131,13 @@ def test_agreement_with_the_unpatched_model(images: Path, tmp_path: Path, key: s
     assert report["gmacs_unpatched"] > report["gmacs"]
 
 
+def test_workers_change_nothing(images: Path, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    one, two = (evaluate(images, folder, tmp_path / f"{n}.json", "--workers", n, "--label-free") for n in (0, 2))
+    assert one["cosine"] == two["cosine"]
+    assert one["images"] == two["images"] == 13
+
+
 def test_nothing_propagated_agrees_fully(images: Path, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     report = evaluate(images, folder, tmp_path / "r.json", "--label-free", "--num-prop", 0, "--sparsity", 1)

@@ -302,6 +302,8 @@ def test_the_tuner_counts_them():
     num_prop = tuning.fit(work, options, (1, 1, 1), target)
     done = gtp_vit.gmacs(gtp_vit.patch(model, num_prop, **options), 64)
     assert 0.8 * target < done <= target * (1 + 1e-9)
+    with pytest.raises(TypeError, match="model must be of timm, .*; got ViTForImageClassification"):
+        tuning.tune(gtp_vit.unpatch(model), torch.zeros(2, 3, 64, 64), target)
 
 
 # What is refused
