@@ -23,6 +23,8 @@ import test_patch_transformers  # noqa: E402
 from cli_images import ok, run, write_classes  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from gtp_vit.cli import hf  # noqa: E402
+
 PATCH = dict(num_prop=2, num_neighbours=3)
 OPTIONS = ("--num-prop", 2, "--num-neighbours", 3, "--workers", 0)
 CLASSES = {"ant": 5, "bee": 4, "cow": 4}
@@ -96,6 +98,18 @@ def test_counts_are_those_of_the_model(images: Path, tmp_path: Path, key: str) -
     assert plain["gmacs"] == gtp_vit.gmacs(gtp_vit.unpatch(model), pixels[:1]) > report["gmacs"]
     assert report["settings"]["input_size"] == list(pixels.shape[1:])
     assert report["settings"]["weights"] == "its own"
+
+
+@pytest.mark.parametrize("key", PROCESSORS)
+def test_features_and_head_are_the_forward(tmp_path: Path, key: str) -> None:
+    model = hf.load(f"hf:{write_model(tmp_path / 'model', key)}")
+    pixels = torch.randn(2, *model.input_size)
+    with torch.inference_mode():
+        for _ in range(2):
+            features = model.forward_features(pixels)
+            assert torch.equal(model.forward_head(features), model(pixels))
+            assert torch.equal(model(pixels), model.model(pixels).logits)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("key", ["vit classifier", "deit teacher", "clip classifier", "siglip classifier"])
