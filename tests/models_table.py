@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- models: begin, written by tests/models_table.py -->", "<!-- models: end -->"
 
@@ -31,6 +33,11 @@ def table() -> str:
         kind = type(build()).__name__
         where = f"`{tower}`" if tower else "the model"
         lines.append(f"| {key} | `{kind}` | {where} | {prefix} | `test_patch_transformers.py` |")
+    lines += ["", "### transformers, at full size", "", "| family | class | test |", "|---|---|---|"]
+    for family, (build, _, _) in test_patch_transformers.FULL_SIZE.items():
+        with torch.device("meta"):
+            kind = type(build()).__name__
+        lines.append(f"| {family} | `{kind}` | `test_patch_transformers.py` |")
     lines += ["", "### LV-ViT", "", "| model | test |", "|---|---|"]
     lines += [f"| `gtp_vit.lvvit.{name}` | `test_lvvit.py` |" for name in lvvit.MODELS]
     return "\n".join([*lines, "", END])

@@ -562,6 +562,26 @@ def test_copies_and_pickles(how, patched):
             assert torch.equal(gtp_vit.patch(gtp_vit.unpatch(other), **OPTIONS)(x), expected)
 
 
+def test_load_state_dict_before_and_after():
+    source, x = build(), images(build())
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.1)
+        expected = gtp_vit.patch(copy.deepcopy(source), **OPTIONS)(x)
+        model = gtp_vit.patch(build(), **OPTIONS)
+        assert not torch.equal(model(x), expected)
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(x), expected)
+
+
+def test_patched_twice():
+    model = gtp_vit.patch(build(), **OPTIONS)
+    config = model.gtp
+    with pytest.raises(ValueError, match=r"patched already .*gtp_vit.unpatch\(model\) first"):
+        gtp_vit.patch(model, num_prop=1)
+    assert model.gtp is config
+
+
 def test_trace():
     model = gtp_vit.patch(build(), **OPTIONS)
     x = images(model)

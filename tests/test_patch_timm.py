@@ -477,6 +477,22 @@ def test_load_state_dict_names_wrong_keys():
         model.load_state_dict(build(mlp_ratio=2).state_dict())
 
 
+@pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
+def test_moved_after_patching(backend, key):
+    """Nothing of a patched model stays behind when it moves."""
+    model = build(key, dtype=torch.float32)
+    x = images(model)
+    with torch.no_grad():
+        expected = gtp_vit.patch(model, **OPTIONS)(x)
+        assert model.half().to(torch.float64)(x.double()).dtype == torch.float64
+        model = model.float()
+        model.load_state_dict(build(key, dtype=torch.float32).state_dict())
+        assert torch.equal(model(x), expected)
+        logits = model.to("meta")(x.to("meta"))
+    assert logits.shape == expected.shape
+    assert logits.device.type == "meta"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "res-post norm", "rms norm, swiglu"])
 def test_low_precision_weights(backend, key, dtype):

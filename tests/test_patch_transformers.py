@@ -739,6 +739,36 @@ def test_load_state_dict_before_and_after():
         model = gtp_vit.patch(build(), **OPTIONS)
         model.load_state_dict(source.state_dict())
         assert torch.equal(model(x).logits, expected)
+        plain = build()
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(gtp_vit.patch(plain, **OPTIONS)(x).logits, expected)
+
+
+@pytest.mark.parametrize("key", ["vit", "registers classifier", "siglip"])
+def test_load_state_dict_names_wrong_keys(key):
+    model, state = gtp_vit.patch(build(key), **OPTIONS), build(key).state_dict()
+    right = next(name for name in state if name.endswith("q_proj.weight"))
+    state["embeddings.gtp"] = state.pop(right)
+    with pytest.raises(RuntimeError, match=rf'Missing key.*"{right}".*\n.*Unexpected.*"embeddings.gtp"'):
+        model.load_state_dict(state)
+    wider = build(key, **({"mlp_ratio": 3} if key == "registers classifier" else {"intermediate_size": 96}))
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*mlp.fc1.weight"):
+        model.load_state_dict(wider.state_dict())
+
+
+def test_moved_after_patching(backend):
+    """Nothing of a patched model stays behind when it moves."""
+    model = build("registers classifier", dtype=torch.float32)
+    x = images(model)
+    with torch.no_grad():
+        expected = gtp_vit.patch(model, **OPTIONS)(x).logits
+        assert model.half().to(torch.float64)(x.double()).logits.dtype == torch.float64
+        model = model.float()
+        model.load_state_dict(build("registers classifier", dtype=torch.float32).state_dict())
+        assert torch.equal(model(x).logits, expected)
+        logits = model.to("meta")(x.to("meta")).logits
+    assert logits.shape == expected.shape
+    assert logits.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -953,6 +983,15 @@ FULL_SIZE = {
             transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
         ),
         1,
+        8,
+    ),
+    "DINOv2-S with registers": (
+        lambda: transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(
+                hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518
+            )
+        ),
+        5,
         8,
     ),
     "CLIP ViT-B/32": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig()), 1, 3),

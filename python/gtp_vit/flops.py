@@ -189,7 +189,7 @@ def register_formulas() -> None:
             flop_counter.register_flop_formula(target)(formula)
 
 
-def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> float:
+def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int], **options: Any) -> float:
     """Multiply-accumulates of one image, in units of 1e9.
 
     Args:
@@ -197,13 +197,14 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
             No other thread may use it meanwhile.
         example_or_size: a batch [B, 3, H, W], or the image size as one number or (H, W), for which one image of noise
             in the model's dtype and on its device is made.
+        options: of the forward: ``interpolate_pos_encoding=True`` for a model of transformers at another size.
 
     Returns:
         GMACs of one image, as the backend that runs does them: the reference counts a little more than a fused kernel.
 
     Raises:
         ValueError: a size below 1, or an empty batch.
-        TypeError: not a module; neither a tensor nor a size.
+        TypeError: not a module, or one of transformers that takes text; neither a tensor nor a size.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
@@ -213,7 +214,10 @@ def gmacs(model: nn.Module, example_or_size: Tensor | int | tuple[int, int]) -> 
         example = noise(model, example_or_size)
     if example.ndim == 0 or example.shape[0] == 0:
         raise ValueError(f"example_or_size: expected at least one image, got shape {tuple(example.shape)}")
-    return float(counted(model, lambda: model(example)).get_total_flops()) / 2 / example.shape[0] / 1e9
+    takes = getattr(model, "main_input_name", "pixel_values")
+    if takes != "pixel_values" and example.is_floating_point():
+        raise TypeError(f"model: {type(model).__name__} takes {takes}, not images: count its vision tower")
+    return float(counted(model, lambda: model(example, **options)).get_total_flops()) / 2 / example.shape[0] / 1e9
 
 
 def counted(model: nn.Module, run: Callable[[], object]) -> flop_counter.FlopCounterMode:

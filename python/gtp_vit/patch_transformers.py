@@ -46,9 +46,11 @@ from gtp_vit.block import (
     summarise,
 )
 from gtp_vit.config import GTPConfig
+from gtp_vit.flops import noise
 from gtp_vit.linear import feed_forward, has_hooks, linear
 from gtp_vit.restore import restore_tokens
 from gtp_vit.tracing import Recorder, start_recording
+from gtp_vit.work import ModelWork, block_work, features, outside, per_token
 
 if Version(transformers.__version__) < Version("5.18"):
     raise ImportError("the layers of earlier versions are built otherwise")
@@ -424,19 +426,19 @@ _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _PATCHED = _TOWERS | _ENCODERS | _LAYERS | _ATTENTIONS
 _ORIGINAL = {patched: original for original, patched in _PATCHED.items()}
-# Models around a tower that read its class token or average what it returns: fewer tokens fit them.
-_HOLDERS = (
+# Models of one tower and a linear head on its class token or on the mean of its tokens.
+HEADED = (
     vit.ViTForImageClassification,
     deit.DeiTForImageClassification,
     deit.DeiTForImageClassificationWithTeacher,
     dinov2.Dinov2ForImageClassification,
     registers.Dinov2WithRegistersForImageClassification,
-    clip.CLIPModel,
     clip.CLIPVisionModelWithProjection,
     clip.CLIPForImageClassification,
-    siglip.SiglipModel,
     siglip.SiglipForImageClassification,
 )
+# Models around a tower that fewer tokens fit.
+_HOLDERS = (*HEADED, clip.CLIPModel, siglip.SiglipModel)
 SUPPORTED = ", ".join(cls.__name__ for cls in _TOWERS)
 _BIAS = "its attention adds a relative position bias"
 _WINDOWS = "its windows of attention need every token in its place"
@@ -498,12 +500,62 @@ def unpatch(model: Any) -> Any:
     return model
 
 
+def work(model: Any, size: int | tuple[int, int] | None = None) -> ModelWork:
+    """The work of a tower, or of one with a head, patched or not; ``size`` as in :func:`gtp_vit.schedule`."""
+    path, tower = _one_tower(model)
+    if tower is not model and type(model) not in HEADED:
+        raise TypeError(
+            f"model must be a vision tower of transformers, alone or with a classifier or projection; got "
+            f"{type(model).__name__}: give its tower, model.{path}"
+        )
+    kind: Any = _kind(tower)
+    layers = tower.get_submodule(kind.gtp_layers)
+    if type(tower) in _TOWERS:
+        _check_tower(tower, layers)
+    nominal = _nominal_size(tower)
+    image = noise(tower, nominal if size is None else size, "size")
+    height, width = image.shape[-2:]
+    grid_size = _grid(tower.get_submodule(kind.gtp_conv), height, width)
+    if min(grid_size) < 1:
+        raise ValueError(f"size must hold at least one patch; got {(height, width)}")
+    # DINOv2 takes any size as it is.
+    anyhow = (height, width) == nominal or issubclass(kind, _GTPDinov2)
+    options = {} if anyhow else {"interpolate_pos_encoding": True}
+    pooling = tower.head if kind is GTPSiglipVisionModel and tower.use_head else nn.Identity()
+    channels = tower.config.hidden_size
+    constant, final_token = outside(
+        tower,
+        lambda: tower.embeddings(image, **options),
+        lambda tokens: pooling(features(tower, tokens, channels)),
+        _num_prefix(tower),
+    )
+    # Linear heads, which see one token.
+    constant += per_token(model) - per_token(tower) + per_token(getattr(tower, "pooler", None) or nn.Identity())
+    blocks = tuple(
+        block_work(layer, attention, attention.q_proj.out_features, attention.q_proj.out_features // attention.head_dim)
+        for layer, attention in ((layer, _attention_of(layer)) for layer in layers)
+    )
+    return ModelWork(blocks, channels, grid_size, _num_prefix(tower), constant, final_token, restores=True)
+
+
 def _find_tower(model: Any, config: GTPConfig) -> Any:
-    """The one tower in ``model``, which may be the model itself."""
+    """The one tower in ``model``, which may be the model itself; not patched yet."""
     name = type(model).__name__
     if any(isinstance(module, GTPTower) for module in model.modules()):
         raise ValueError(f"model is patched already ({name}): call gtp_vit.unpatch(model) first")
-    towers = {path: module for path, module in model.named_modules() if type(module) in _TOWERS}
+    path, tower = _one_tower(model)
+    if tower is not model and type(model) not in _HOLDERS and not config.restore:
+        raise ValueError(
+            f"restore must be True for a {name}, which may need every token of its tower; got False "
+            f"(or patch the tower itself, model.{path})"
+        )
+    return tower
+
+
+def _one_tower(model: Any) -> tuple[str, Any]:
+    """Path and module of the one tower in ``model``, patched or not."""
+    name = type(model).__name__
+    towers = {path: module for path, module in model.named_modules() if _kind(module) in _TOWERS.values()}
     if not towers:
         reason = _REFUSED.get(getattr(getattr(model, "config", None), "model_type", ""), "it holds none of them")
         raise TypeError(f"model must be, or hold, one of {SUPPORTED} of transformers; got {name}: {reason}")
@@ -511,13 +563,13 @@ def _find_tower(model: Any, config: GTPConfig) -> Any:
         raise TypeError(
             f"model must hold one vision tower; {name} holds {len(towers)}: patch each by itself ({', '.join(towers)})"
         )
-    ((path, tower),) = towers.items()
-    if tower is not model and type(model) not in _HOLDERS and not config.restore:
-        raise ValueError(
-            f"restore must be True for a {name}, which may need every token of its tower; got False "
-            f"(or patch the tower itself, model.{path})"
-        )
-    return tower
+    (found,) = towers.items()
+    return found
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class of a module once it is patched."""
+    return _PATCHED.get(type(module), type(module))
 
 
 def _parts(tower: Any, layers: Any) -> list[nn.Module]:
@@ -528,7 +580,7 @@ def _parts(tower: Any, layers: Any) -> list[nn.Module]:
 
 
 def _attention_of(layer: Any) -> Any:
-    return getattr(layer, _LAYERS[type(layer)].gtp_names.attention)  # type: ignore[attr-defined]  # a GTPLayer
+    return getattr(layer, _kind(layer).gtp_names.attention)  # type: ignore[attr-defined]  # a GTPLayer
 
 
 def _check_tower(tower: Any, layers: Any) -> None:
@@ -558,9 +610,7 @@ def _check_tower(tower: Any, layers: Any) -> None:
 
 def _check_options(tower: Any, config: GTPConfig, depth: int) -> None:
     patched: Any = _TOWERS[type(tower)]
-    size = tower.config.image_size
-    height, width = size if isinstance(size, Iterable) else (size, size)
-    rows, columns = _grid(tower.get_submodule(patched.gtp_conv), height, width)
+    rows, columns = _grid(tower.get_submodule(patched.gtp_conv), *_nominal_size(tower))
     config.check_fit(rows * columns, depth)
     if config.selection.startswith("CLSAttn") and patched.gtp_prefix == 0:
         raise ValueError(
@@ -578,8 +628,15 @@ def _attention_dropout(layer: int, rate: float) -> str:
 
 def _num_prefix(tower: Any) -> int:
     registers = getattr(tower.embeddings, "register_tokens", None)
-    prefix: int = tower.gtp_prefix
+    prefix: int = _kind(tower).gtp_prefix  # type: ignore[attr-defined]  # a GTPTower
     return prefix if registers is None else prefix + int(registers.shape[1])
+
+
+def _nominal_size(tower: Any) -> tuple[int, int]:
+    """(height, width) of the images that the tower was built for."""
+    size = tower.config.image_size
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return height, width
 
 
 def _grid(conv: Any, height: int, width: int) -> tuple[int, int]:

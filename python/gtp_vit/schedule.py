@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -33,7 +33,8 @@ def schedule(
     the one whose work is nearest to ``gmacs`` is taken: the paper's P for the GMACs that it prints.
 
     Args:
-        model: patched or not; it stays as it is.
+        model: patched or not; it stays as it is. Of transformers, a vision tower, alone or with a classifier or
+            projection.
         gmacs: the target, GMACs of one image; the schedule may do a little more or less. Either this or ``num_prop``
             is given.
         shape: ``constant`` (the same P in every block), ``increasing`` or ``decreasing`` (P rises or falls linearly,
@@ -41,7 +42,8 @@ def schedule(
             EViT does, so that most leave in the first ones).
         num_prop: instead of a target, the mean of P over the blocks, not to be exceeded: schedules of one whole
             ``num_prop`` and different shapes let equally many tokens leave.
-        size: the image size, one number or (height, width); the model's nominal one where ``None``.
+        size: the image size, one number or (height, width); the model's nominal one where ``None``. Models of
+            transformers interpolate their positions for another one.
         options: those of :func:`patch` (``propagation``, ``graph_type``, …), which change the work; what is not given
             is as in the patched model, or, where it is not patched, as in :func:`patch`.
 
@@ -77,16 +79,15 @@ def schedule(
 
 
 def _work(model: nn.Module, size: int | tuple[int, int] | None) -> ModelWork:
-    library = gtp_vit._library_of(model)
-    count: Callable[..., ModelWork] | None = getattr(library, "work", None)
-    if count is None:
-        raise TypeError(f"schedule cannot count the work of {type(model).__name__}")
-    return count(model, size)
+    work: ModelWork = gtp_vit._library_of(model).work(model, size)
+    return work
 
 
 def _config(model: nn.Module, options: dict[str, Any]) -> GTPConfig:
     """The options that the schedule is for, without tokens that leave."""
-    config = vars(model).get("gtp", GTPConfig())
+    # A tower of transformers may have been patched by itself.
+    configs = (vars(module).get("gtp") for module in model.modules())
+    config = next((found for found in configs if isinstance(found, GTPConfig)), GTPConfig())
     unknown = set(options) - {field.name for field in dataclasses.fields(GTPConfig)}
     if unknown:
         raise TypeError(f"schedule takes the options of gtp_vit.patch; got {', '.join(sorted(unknown))}")

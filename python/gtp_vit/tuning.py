@@ -256,11 +256,13 @@ def tune(
         progress: called with what is going on, and the share of the time that is over.
 
     Raises:
-        TypeError: a model that cannot be patched.
+        TypeError: a model that cannot be patched, or is not of timm.
         ValueError: a patched model; no images; ``gmacs`` out of reach.
     """
     if isinstance(vars(model).get("gtp"), GTPConfig):
         raise ValueError("model must not be patched: it is compared with itself unpatched")
+    if not hasattr(model, "forward_features"):
+        raise TypeError(f"model must be of timm, whose forward_features is compared; got {type(model).__name__}")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be [n, 3, H, W] with n > 0; got {tuple(images.shape)}")
     gmacs, seconds = checks.number("gmacs", gmacs), checks.number("seconds", seconds)

@@ -7,7 +7,7 @@ Its file is read, the package is never imported.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -188,20 +188,24 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "s
         except (KeyError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
             raise WeightsError(f"{source}: not a checkpoint of this model ({error})") from error
     expected = model.state_dict()
-    problems = []
-    if missing := [key for key in expected if key not in fitted]:
-        problems.append(f"missing {_listed(missing)}")
-    if unexpected := [key for key in fitted if key not in expected]:
-        problems.append(f"unexpected {_listed(unexpected)}")
-    if other := [
-        f"{key} {list(fitted[key].shape)} instead of {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in fitted and fitted[key].shape != tensor.shape
-    ]:
-        problems.append(f"other shapes: {_listed(other)}")
-    if problems:
-        raise WeightsError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    check_keys(
+        f"{source} does not fit {type(model).__name__}",
+        [key for key in expected if key not in fitted],
+        [key for key in fitted if key not in expected],
+        [
+            f"{key} {list(fitted[key].shape)} instead of {list(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in fitted and fitted[key].shape != tensor.shape
+        ],
+    )
     model.load_state_dict(fitted, strict=True)
+
+
+def check_keys(what: str, missing: Sequence[str], unexpected: Sequence[str], other: Sequence[str]) -> None:
+    """Raises a WeightsError that says ``what`` and names the keys, where there are any: ``other`` with their shapes."""
+    labels = {"missing ": missing, "unexpected ": unexpected, "other shapes: ": other}
+    if problems := [f"{label}{_listed(keys)}" for label, keys in labels.items() if keys]:
+        raise WeightsError(f"{what}: {'; '.join(problems)}")
 
 
 def _listed(names: Iterable[str], limit: int = 6) -> str:

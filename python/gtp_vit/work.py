@@ -6,6 +6,7 @@
              CosSim*: n_l² · N of its similarities
     graph:   n² · C (Semantic, Mixed), once
     outside: embedding and head, as counted
+    restore: C · P · n' in each block (GraphProp, with n' image tokens that stay), where a forward restores the grid
 
 It equals what :func:`gtp_vit.gmacs` counts of a forward on any backend but ``reference``.
 """
@@ -50,6 +51,7 @@ class ModelWork(NamedTuple):
         num_prefix: R.
         outside: of embedding and head with R final tokens.
         final_token: of the head per further final token.
+        restores: whether every forward restores the grid under ``restore=True``.
     """
 
     blocks: tuple[BlockWork, ...]
@@ -58,6 +60,7 @@ class ModelWork(NamedTuple):
     num_prefix: int
     outside: int
     final_token: int
+    restores: bool = False
 
     @property
     def num_image_tokens(self) -> int:
@@ -90,6 +93,8 @@ class ModelWork(NamedTuple):
                 total += self.channels * num_prop
             if config.propagation == "LiveGraph" and num_prop:
                 total += edges * block.head_size
+            if self.restores and config.restore and config.propagation == "GraphProp":
+                total += self.channels * num_prop * after
         return total
 
     def _edges(self, config: GTPConfig) -> int:
@@ -102,11 +107,12 @@ class ModelWork(NamedTuple):
 
 def block_work(block: nn.Module, attention: nn.Module, width: int, heads: int) -> BlockWork:
     """What a block does that consists of linear layers and one attention of ``width`` H · d and so many heads."""
-    attending = _per_token(attention)
-    return BlockWork(attending, 2 * width, _per_token(block) - attending, width // heads)
+    attending = per_token(attention)
+    return BlockWork(attending, 2 * width, per_token(block) - attending, width // heads)
 
 
-def _per_token(module: nn.Module) -> int:
+def per_token(module: nn.Module) -> int:
+    """What the linear layers of a module do for each token that goes through all of them."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 

@@ -172,6 +172,8 @@ def check_model_name(name: str) -> None:
         raise ImportError(f'timm does not import ({error}): pip install "gtp-kernels[timm]"') from error
     from gtp_vit import lvvit
 
+    if name.startswith("hf:"):
+        raise click.BadParameter("a folder of transformers is taken by gtp-vit eval only", param_hint="--model")
     if not timm.is_model(name) and name not in lvvit.MODELS:
         close = difflib.get_close_matches(name, [*timm.list_models(), *lvvit.MODELS], n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""

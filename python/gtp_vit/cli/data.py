@@ -87,7 +87,7 @@ def unlabelled(root: Path) -> Folder:
 
 
 def class_index(root: Path, names: Sequence[str], model: Any, class_map: Path | None, subset: bool) -> dict[str, int]:
-    """Class folder -> class of the model: by position, or as `--class-map` or `--subset` has it.
+    """Class folder -> class of the model: by its names of them, by position, or as `--class-map` or `--subset` has it.
 
     Raises:
         click.UsageError: the model has no classes, the folders are not as many, or one of them is no class.
@@ -99,6 +99,8 @@ def class_index(root: Path, names: Sequence[str], model: Any, class_map: Path | 
         known, what = _read_class_map(class_map), class_map.name
     elif subset:
         known, what = _subset(model), f"the {count} classes of the model"
+    elif names and set(names) <= (labels := getattr(model, "label2id", {})).keys():
+        known, what = labels, "the labels of the model"
     elif len(names) == count:
         return {name: label for label, name in enumerate(names)}
     else:

@@ -34,7 +34,7 @@ import gtp_kernels
 import gtp_vit
 from gtp_kernels import backends
 from gtp_vit import timing
-from gtp_vit.cli import common, data, distributed
+from gtp_vit.cli import common, data, distributed, hf
 
 Record = dict[str, Any]
 _NAMED = 5
@@ -98,6 +98,9 @@ def evaluate_command(
     the patched model is compared with the unpatched one: how often their first class is the same, and the cosine of
     their features.
 
+    --model hf:FOLDER takes a classifier of transformers as save_pretrained wrote it, with its image processor. Where it
+    has the names of all class folders among its labels, these decide which class a folder is.
+
     Under torchrun the images are divided among the processes, each image once.
     """
     place = common.checked_device(device, backend)
@@ -114,13 +117,18 @@ def evaluate_command(
             )
         if compare and (class_map or subset):
             raise click.UsageError(f"--class-map and --subset need class folders; {root} is read without labels")
-        model, origin = common.load_model(
-            name, source, pretrained, seed, {"img_size": img_size, **model_kwargs}, num_classes
-        )
+        if name.startswith(hf.PREFIX):
+            _check_unused(name, source, pretrained, model_kwargs, img_size, num_classes, crop_pct)
+            model: nn.Module = hf.load(name)
+            origin = "its own"
+        else:
+            model, origin = common.load_model(
+                name, source, pretrained, seed, {"img_size": img_size, **model_kwargs}, num_classes
+            )
         model = model.eval().to(group.device, common.DTYPES[dtype])
         unpatched = copy.deepcopy(model) if compare else model
         if not no_patch:
-            common.patched(model, options)
+            common.patched(model.model if isinstance(model, hf.Classifier) else model, options)
         index = {} if compare else data.class_index(root, names, model, class_map, subset)
         folder = data.unlabelled(root) if compare else data.labelled(root, index)
         transform, config = _transform(model, crop_pct)
@@ -132,6 +140,7 @@ def evaluate_command(
             "patch": None if no_patch else options,
             "input_size": list(config["input_size"]),
             "crop_pct": config["crop_pct"],
+            "processor": config.get("processor"),
             "label_free": compare,
             "batch_size": batch_size,
             "dtype": dtype,
@@ -424,8 +433,22 @@ def _timed(call: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
+def _check_unused(name: str, *values: object) -> None:
+    """Options that would change the model of a folder are not given; click.UsageError where they are."""
+    options = ("--weights", "--pretrained", "--model-kwargs", "--img-size", "--num-classes", "--crop-pct")
+    pairs = zip(options, values, strict=True)
+    if given := [option for option, value in pairs if value is not None and value is not False and value != {}]:
+        raise click.UsageError(f"{', '.join(given)} cannot be given with {name}: its folder decides")
+
+
 def _transform(model: nn.Module, crop_pct: float | None) -> tuple[Any, Record]:
-    """timm's transform for evaluation, and what it was made from."""
+    """timm's transform for evaluation, or that of a folder of transformers, and what it was made from."""
+    if isinstance(model, hf.Classifier):
+        return model.transform, {
+            "input_size": model.input_size,
+            "crop_pct": None,
+            "processor": model.transform.settings,
+        }
     from timm.data import create_transform
 
     config = common.data_config(model)
