@@ -61,6 +61,7 @@ METHODS: dict[str, Options | None] = {
     "LiveGraph Spatial, θ = 0.95": SPATIAL | {"sparsity": 0.95},
     "LiveGraph Mixed": MIXED,
     "LiveGraph Mixed, θ = 0.95": MIXED | {"sparsity": 0.95},
+    "LiveGraph Mixed, CLSAttnMean": MIXED | {"selection": "CLSAttnMean"},
 }
 LAST = ("LiveGraph Spatial, θ = 0.95", "LiveGraph Mixed, θ = 0.95")
 # Every one differs in one thing from LiveGraph Spatial or Mixed with γ = 0.25, M = 8, θ = 1 and a constant P.
