@@ -140,6 +140,20 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_live_edges_are_no_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the model runs, also where the model around the patched one is exported."""
+    match = r"propagation must be one of None, Mean, GraphProp for onnx; got 'LiveGraph', .* Export it as aoti"
+    model = patched(propagation="LiveGraph", num_prop=(0, 3))
+    monkeypatch.setattr(exporting, "_program", lambda *given: pytest.fail("the export began"))
+    model.register_forward_pre_hook(lambda *given: pytest.fail("the model ran"))
+    for given in (model, nn.Sequential(model).eval()):
+        with pytest.raises(ValueError, match=match):
+            export(given, tmp_path / "model.onnx", images(), kind="onnx")
+    assert list(tmp_path.iterdir()) == []
+    # Where no token leaves there is no walk.
+    exporting._checked(patched(propagation="LiveGraph", num_prop=0), tmp_path / "model.onnx", images(), "onnx", None)
+
+
 @needs_native
 def test_an_export_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice(nn.Module):
@@ -284,6 +298,10 @@ def test_the_command_is_listed_and_imported_on_use() -> None:
         (("--num-prop", "4"), "num_prop = 4 does not fit block 0"),
         (("--sparsity", "0"), "sparsity"),
         (("--weights", "nowhere.pth"), "no such file: nowhere.pth"),
+        (
+            ("--format", "onnx", "--propagation", "LiveGraph", "--num-prop", "1", "--img-size", "64"),
+            "propagation must be one of None, Mean, GraphProp for onnx; got 'LiveGraph'",
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_message(
@@ -336,11 +354,11 @@ def test_the_command_writes_a_file_and_a_report(tmp_path: Path, monkeypatch: pyt
 # Packages
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+@pytest.fixture(scope="module", params=["GraphProp", "LiveGraph"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     if native.missing is not None or shutil.which("g++") is None:
         pytest.skip("AOTInductor needs the native library and a C++ compiler")
-    model = patched()
+    model = patched(propagation=request.param)
     path = tmp_path_factory.mktemp("package") / "tiny.pt2"
     assert export(model, path, images(8)).agrees
     return path, model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,16 +17,24 @@ from torch.utils.data import DataLoader, Dataset
 
 import gtp_kernels
 import gtp_vit
-from gtp_kernels import backends
+from gtp_kernels import backends, native
+from gtp_vit import export as exporting
 
 timm = pytest.importorskip("timm")
 
 from test_patch_timm import OPTIONS, assert_same, build, images  # noqa: E402
 
+PROPAGATIONS = ["GraphProp", "LiveGraph"]
+
+
+@pytest.fixture(params=PROPAGATIONS)
+def propagation(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
 
 @pytest.fixture
-def model() -> Any:
-    return gtp_vit.patch(build(dtype=torch.float32, depth=2), **OPTIONS)
+def model(propagation: str) -> Any:
+    return gtp_vit.patch(build(dtype=torch.float32, depth=2), **OPTIONS, propagation=propagation)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +84,16 @@ def test_one_compilation_in_inference_mode(model: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["Python wrapper", "C++ wrapper"])
-@pytest.mark.parametrize("mode", ["default", "max-autotune", "reduce-overhead"])
+@pytest.mark.parametrize(
+    ("propagation", "mode"),
+    [
+        ("GraphProp", "default"),
+        ("GraphProp", "max-autotune"),
+        ("GraphProp", "reduce-overhead"),
+        ("LiveGraph", "default"),
+    ],
+    indirect=["propagation"],
+)
 def test_modes_of_the_compiler(model: Any, mode: str, cpp_wrapper: bool) -> None:
     """Every mode of the compiler and both of its wrappers give what eager gives."""
     from torch._inductor import config
@@ -88,12 +106,22 @@ def test_modes_of_the_compiler(model: Any, mode: str, cpp_wrapper: bool) -> None
     assert {name for _, name in ran} == {"cpu"}
 
 
+@pytest.mark.skipif(native.missing is not None, reason="the native library is not there")
+def test_one_exported_program_for_batches_of_any_size(model: Any) -> None:
+    """torch.export with a batch of any size; test_cli_export.py compiles the program and serves it from C++."""
+    with torch.no_grad():
+        program = exporting._program(model, images(model), None)
+        for batch in (1, 3, 7):
+            x = images(model, batch=batch, seed=batch)
+            assert_same(program.module()(x), model(x), 1e-4)
+
+
 # Modes of torch
 
 
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
-def test_inference_mode(backend: str, key: str) -> None:
-    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS)
+def test_inference_mode(backend: str, key: str, propagation: str) -> None:
+    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS, propagation=propagation)
     x = images(model)
     with torch.no_grad():
         expected = model(x)
@@ -125,9 +153,9 @@ def test_autocast_and_inference_mode(backend: str) -> None:
         assert torch.equal(model(x), expected)
 
 
-def test_deterministic_algorithms(backend: str) -> None:
+def test_deterministic_algorithms(backend: str, propagation: str) -> None:
     """They are honoured: nothing raises, nothing warns, and the bits are the same again and without them."""
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
     x = images(model)
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     results, gradients = [], []
@@ -147,9 +175,23 @@ def test_deterministic_algorithms(backend: str) -> None:
 # Several users of one model
 
 
-def test_threads_share_one_model_in_inference_mode(backend: str) -> None:
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_with_live_edges_is_the_model(backend: str, how: str) -> None:
+    """What a forward leaves of its graph is on no module: a copy made after one is as good as the model."""
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation="LiveGraph", gamma=0.5)
+    with torch.no_grad():
+        expected = model(images(model))
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert other.gtp == model.gtp
+        assert other.blocks[0].attn.qkv.weight.data_ptr() != model.blocks[0].attn.qkv.weight.data_ptr()
+        assert torch.equal(other(images(model)), expected)
+        next(model.blocks.parameters()).mul_(2.0)
+        assert torch.equal(other(images(model)), expected)
+
+
+def test_threads_share_one_model_in_inference_mode(backend: str, propagation: str) -> None:
     """Batches of different sizes at once, beside a thread that copies the model and one that traces its own forward."""
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
     inputs = [images(model, batch=1 + seed, seed=seed) for seed in range(3)]
     with torch.inference_mode():
         expected = [model(x) for x in inputs]

@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 import gtp_kernels
 from gtp_kernels import backends, native
-from gtp_vit.config import GTPConfig
+from gtp_vit.config import PROPAGATIONS, GTPConfig
 
 SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx"}
 DTYPES = {
@@ -111,7 +111,7 @@ def export(
 
     Raises:
         ValueError: an unknown kind, another suffix, a dtype that the kind of file does not take, a model that trains or
-            draws random numbers, images that are not ``batch`` or do not fit the model.
+            draws random numbers, live edges for ``onnx``, images that are not ``batch`` or do not fit the model.
         TypeError: ``model`` is not a module, or does not return one tensor.
         ImportError: a library that it needs is missing.
         ExportError: torch cannot export or compile the model, or what was written disagrees with it.
@@ -256,11 +256,8 @@ def _checked(model: object, path: Path | str, images: Tensor, kind: str, batch: 
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode: call model.eval() first")
-    config = getattr(model, "gtp", None)
-    if isinstance(config, GTPConfig) and config.selection == "Random":
-        raise ValueError(
-            "selection must not be 'Random' at export: what draws random numbers cannot be compared with its model"
-        )
+    for module in model.modules():
+        _check_options(getattr(module, "gtp", None), kind)
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor [k, 3, H, W] with k ≥ 1; got {got}")
@@ -283,6 +280,23 @@ def _checked(model: object, path: Path | str, images: Tensor, kind: str, batch: 
     if kind == "onnx" and images.device.type != "cpu":
         raise ValueError(f"model must be on the CPU for onnx; got {images.device}")
     return path.resolve()
+
+
+def _check_options(config: object, kind: str) -> None:
+    if not isinstance(config, GTPConfig):
+        return
+    if config.selection == "Random":
+        raise ValueError(
+            "selection must not be 'Random' at export: what draws random numbers cannot be compared with its model"
+        )
+    depth = 1 if isinstance(config.num_prop, int) else len(config.num_prop)
+    if kind == "onnx" and config.propagation == "LiveGraph" and config.uses_graph(depth):
+        allowed = ", ".join(name for name in PROPAGATIONS if name != "LiveGraph")
+        raise ValueError(
+            f"propagation must be one of {allowed} for onnx; got 'LiveGraph', whose tokens leave one after the other, "
+            "each by where those before it went: a walk that the standard operators of ONNX do not have. Export it as "
+            "aoti (--format aoti, kind='aoti'), or patch the model with one of the others"
+        )
 
 
 @contextlib.contextmanager
