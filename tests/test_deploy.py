@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,17 +137,17 @@ def test_inference_mode(backend: str, key: str, propagation: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())
 
 
-def test_a_model_made_in_inference_mode(backend: str) -> None:
+def test_a_model_made_in_inference_mode(backend: str, propagation: str) -> None:
     x = images(build(dtype=torch.float32))
     with torch.no_grad():
-        expected = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)(x)
+        expected = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)(x)
     with torch.inference_mode():
-        model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+        model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
         assert torch.equal(model(x), expected)
 
 
-def test_autocast_and_inference_mode(backend: str) -> None:
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | dict(sparsity=1.0))
+def test_autocast_and_inference_mode(backend: str, propagation: str) -> None:
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | dict(sparsity=1.0, propagation=propagation))
     x = images(model)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         expected = model(x)
@@ -283,3 +285,16 @@ def test_a_device_without_a_backend_says_what_runs_there(monkeypatch: pytest.Mon
 def test_every_op_offers_the_reference_on_other_devices(op: str, device: str) -> None:
     with pytest.raises(RuntimeError, match=rf"no backend runs {op} on {device}; .*use_backend\('reference'\)"):
         backends._automatic(op, device)
+
+
+def test_the_page_on_bad_input_names_tests_that_exist() -> None:
+    here = Path(__file__).resolve().parent
+    page = (here.parent / "docs" / "architecture.md").read_text()
+    section = page.partition("## When something is missing or foreign")[2].partition("\n## ")[0]
+    rows = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 7
+    defined = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in here.glob("*.py")), re.MULTILINE))
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row)
+        assert names
+        assert set(names) <= defined, set(names) - defined
