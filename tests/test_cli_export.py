@@ -237,6 +237,7 @@ def test_packages_that_are_none(tmp_path: Path) -> None:
         json.dumps(WRITER | {"images": ["batch", 3, 64]}),
         json.dumps(WRITER | {"images": ["many", 3, 64, 64]}),
         json.dumps(WRITER | {"dtype": None}),
+        5,
     ):
         with pytest.raises(ExportError, match=r"corrupt, its metadata 'gtp_vit' is .*; export it again"):
             load_aoti(_archive(path, {inside: json.dumps({"gtp_vit": about}).encode(), **code}))

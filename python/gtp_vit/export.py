@@ -451,8 +451,8 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         fine = False
     if not fine:
         raise ExportError(
-            f"{path}: corrupt, its metadata {_KEY!r} is {metadata[_KEY][:80]!r}; needed is the shape and the type of "
-            "the images; export it again"
+            f"{path}: corrupt, its metadata {_KEY!r} is {str(metadata[_KEY])[:80]!r}; needed is the shape and the type "
+            "of the images; export it again"
         )
     return dict(about)
 
