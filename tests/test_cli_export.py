@@ -121,6 +121,11 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"must be one of float32, float16 for onnx; cls_token is {dtype}"):
             export(patched().to(dtype), path, images().to(dtype), kind="onnx")
 
+    with pytest.raises(
+        ValueError, match=r"must be one of float32, bfloat16, .* for aoti; cls_token is torch.float8_e4m3"
+    ):
+        export(patched().to(torch.float8_e4m3fn), path.with_suffix(".pt2"), images())
+
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
@@ -138,6 +143,41 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
     with gtp_kernels.use_backend("reference"), pytest.raises(ValueError, match="must not be forced to 'reference'"):
         export(patched(), path.with_suffix(".pt2"), images())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "suffix"), exporting.SUFFIXES.items())
+def test_nothing_is_exported_without_the_native_library(
+    kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "missing", "the library was not built; build it")
+    with pytest.raises(ExportError, match="the operators of the native library, and the library was not built; build"):
+        export(patched(), tmp_path / f"model{suffix}", images(), kind=kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_native
+def test_a_forced_backend_that_is_absent_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GTP_KERNELS_BACKEND", "cuda")
+    result = run(*TINY, "--num-prop", "1", "--img-size", "64", "-o", tmp_path / "model.pt2")
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Error: the forced backend 'cuda' cannot run" in result.output
+    assert all(f"  {name}: " in result.output for name in gtp_kernels.backends.NAMES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_live_edges_are_no_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the model runs, also where the model around the patched one is exported."""
+    match = r"propagation must be one of None, Mean, GraphProp for onnx; got 'LiveGraph', .* Export it as aoti"
+    model = patched(propagation="LiveGraph", num_prop=(0, 3))
+    monkeypatch.setattr(exporting, "_program", lambda *given: pytest.fail("the export began"))
+    model.register_forward_pre_hook(lambda *given: pytest.fail("the model ran"))
+    for given in (model, nn.Sequential(model).eval()):
+        with pytest.raises(ValueError, match=match):
+            export(given, tmp_path / "model.onnx", images(), kind="onnx")
+    assert list(tmp_path.iterdir()) == []
+    # Where no token leaves there is no walk.
+    exporting._checked(patched(propagation="LiveGraph", num_prop=0), tmp_path / "model.onnx", images(), "onnx", None)
 
 
 @needs_native
@@ -166,6 +206,9 @@ def _archive(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+WRITER = {"version": "9.9", "torch": "2.99.0", "images": ["batch", 3, 64, 64], "dtype": "float32"}
+
+
 def test_packages_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     with pytest.raises(FileNotFoundError, match=r"no such file: .*model.pt2"):
@@ -186,6 +229,18 @@ def test_packages_that_are_none(tmp_path: Path) -> None:
         load_aoti(_archive(path, {inside: b'{"gtp_vit": "{}"}'}))
     with pytest.raises(ExportError, match="corrupt"):
         load_aoti(_archive(path, {inside: b'{"gtp_vit": ', **code}))
+    for about in (
+        "{}",
+        "{",
+        "[]",
+        json.dumps(WRITER | {"images": 3}),
+        json.dumps(WRITER | {"images": ["batch", 3, 64]}),
+        json.dumps(WRITER | {"images": ["many", 3, 64, 64]}),
+        json.dumps(WRITER | {"dtype": None}),
+        5,
+    ):
+        with pytest.raises(ExportError, match=r"corrupt, its metadata 'gtp_vit' is .*; export it again"):
+            load_aoti(_archive(path, {inside: json.dumps({"gtp_vit": about}).encode(), **code}))
     _archive(path, {inside: b'{"gtp_vit": "{}"}' * 40, **code})
     broken = bytearray(path.read_bytes())
     broken[100] ^= 0xFF
@@ -196,7 +251,7 @@ def test_packages_that_are_none(tmp_path: Path) -> None:
 
 def test_a_package_without_its_model_or_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = "model/data/aotinductor/model/x.wrapper_metadata.json"
-    about = {"gtp_vit": json.dumps({"torch": "2.99.0"}), "AOTI_DEVICE_KEY": "cpu", "AOTI_CPU_ISA": "AVX512 AMX"}
+    about = {"gtp_vit": json.dumps(WRITER), "AOTI_DEVICE_KEY": "cpu", "AOTI_CPU_ISA": "AVX512 AMX"}
     code = {inside.replace("_metadata.json", ".so"): b"no machine code"}
     path = _archive(tmp_path / "model.pt2", {inside: json.dumps(about).encode(), **code})
     monkeypatch.setattr(native, "missing", "the library was not built; build it")
@@ -207,7 +262,9 @@ def test_a_package_without_its_model_or_for_another_machine(tmp_path: Path, monk
     with pytest.raises(ExportError, match="compiled for AVX512 AMX, and this machine has AVX2: export it again on a"):
         load_aoti(path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    with pytest.raises(ExportError, match=r"does not load it \(written with torch 2.99.0\): .*; export it again with"):
+    with pytest.raises(
+        ExportError, match=r"not load it \(written with torch 2.99.0, gtp-kernels 9.9\): .*; export it again with these"
+    ):
         load_aoti(path)
 
 
@@ -228,8 +285,20 @@ def test_onnx_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         [onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value("x", 1, [1])], [value("y", 1, [1])]
     )
     opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, producer_name="elsewhere", opset_imports=opset, ir_version=10), str(path))
+    model = onnx.helper.make_model(graph, producer_name="elsewhere", opset_imports=opset, ir_version=10)
+    onnx.save(model, str(path))
     with pytest.raises(ExportError, match=r"another kind \(inputs x; producer elsewhere\); needed is one that gtp-vit"):
+        load_onnx(path)
+    model.graph.input[0].name = model.graph.node[0].input[0] = "images"
+    onnx.save(model, str(path))
+    with pytest.raises(ExportError, match=r"another kind \(inputs images; producer elsewhere\)"):
+        load_onnx(path)
+    model.metadata_props.add(key="gtp_vit", value='{"images": ["batch", 3')
+    onnx.save(model, str(path))
+    with pytest.raises(ExportError, match=r"corrupt, its metadata 'gtp_vit' is '\{\"images\": .*; export it again"):
+        load_onnx(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ExportError, match="does not read it as an ONNX model"):
         load_onnx(path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r'needs onnxruntime: pip install "gtp-kernels\[onnx\]"'):
@@ -284,6 +353,10 @@ def test_the_command_is_listed_and_imported_on_use() -> None:
         (("--num-prop", "4"), "num_prop = 4 does not fit block 0"),
         (("--sparsity", "0"), "sparsity"),
         (("--weights", "nowhere.pth"), "no such file: nowhere.pth"),
+        (
+            ("--format", "onnx", "--propagation", "LiveGraph", "--num-prop", "1", "--img-size", "64"),
+            "propagation must be one of None, Mean, GraphProp for onnx; got 'LiveGraph'",
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_message(
@@ -336,11 +409,11 @@ def test_the_command_writes_a_file_and_a_report(tmp_path: Path, monkeypatch: pyt
 # Packages
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+@pytest.fixture(scope="module", params=["GraphProp", "LiveGraph"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     if native.missing is not None or shutil.which("g++") is None:
         pytest.skip("AOTInductor needs the native library and a C++ compiler")
-    model = patched()
+    model = patched(propagation=request.param)
     path = tmp_path_factory.mktemp("package") / "tiny.pt2"
     assert export(model, path, images(8)).agrees
     return path, model
@@ -371,6 +444,7 @@ def test_a_package_takes_any_batch_and_serves_several_threads(package: tuple[Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("package", ["GraphProp"], indirect=True)
 def test_the_check_of_a_package_sees_another_model(package: tuple[Path, nn.Module]) -> None:
     path, model = package
     other = copy.deepcopy(model)
@@ -424,6 +498,7 @@ def test_the_cpp_program_gives_the_same_logits(program: Path, package: tuple[Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("package", ["GraphProp"], indirect=True)
 def test_the_cpp_program_says_what_is_wrong(program: Path, package: tuple[Path, nn.Module], tmp_path: Path) -> None:
     path, _ = package
     data, out = tmp_path / "images.f32", tmp_path / "logits.f32"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +19,24 @@ from torch.utils.data import DataLoader, Dataset
 
 import gtp_kernels
 import gtp_vit
-from gtp_kernels import backends
+from gtp_kernels import backends, native
+from gtp_vit import export as exporting
 
 timm = pytest.importorskip("timm")
 
 from test_patch_timm import OPTIONS, assert_same, build, images  # noqa: E402
 
+PROPAGATIONS = ["GraphProp", "LiveGraph"]
+
+
+@pytest.fixture(params=PROPAGATIONS)
+def propagation(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
 
 @pytest.fixture
-def model() -> Any:
-    return gtp_vit.patch(build(dtype=torch.float32, depth=2), **OPTIONS)
+def model(propagation: str) -> Any:
+    return gtp_vit.patch(build(dtype=torch.float32, depth=2), **OPTIONS, propagation=propagation)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +86,16 @@ def test_one_compilation_in_inference_mode(model: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["Python wrapper", "C++ wrapper"])
-@pytest.mark.parametrize("mode", ["default", "max-autotune", "reduce-overhead"])
+@pytest.mark.parametrize(
+    ("propagation", "mode"),
+    [
+        ("GraphProp", "default"),
+        ("GraphProp", "max-autotune"),
+        ("GraphProp", "reduce-overhead"),
+        ("LiveGraph", "default"),
+    ],
+    indirect=["propagation"],
+)
 def test_modes_of_the_compiler(model: Any, mode: str, cpp_wrapper: bool) -> None:
     """Every mode of the compiler and both of its wrappers give what eager gives."""
     from torch._inductor import config
@@ -88,12 +108,22 @@ def test_modes_of_the_compiler(model: Any, mode: str, cpp_wrapper: bool) -> None
     assert {name for _, name in ran} == {"cpu"}
 
 
+@pytest.mark.skipif(native.missing is not None, reason="the native library is not there")
+def test_one_exported_program_for_batches_of_any_size(model: Any) -> None:
+    """torch.export with a batch of any size; test_cli_export.py compiles the program and serves it from C++."""
+    with torch.no_grad():
+        program = exporting._program(model, images(model), None)
+        for batch in (1, 3, 7):
+            x = images(model, batch=batch, seed=batch)
+            assert_same(program.module()(x), model(x), 1e-4)
+
+
 # Modes of torch
 
 
 @pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
-def test_inference_mode(backend: str, key: str) -> None:
-    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS)
+def test_inference_mode(backend: str, key: str, propagation: str) -> None:
+    model = gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS, propagation=propagation)
     x = images(model)
     with torch.no_grad():
         expected = model(x)
@@ -107,17 +137,17 @@ def test_inference_mode(backend: str, key: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters())
 
 
-def test_a_model_made_in_inference_mode(backend: str) -> None:
+def test_a_model_made_in_inference_mode(backend: str, propagation: str) -> None:
     x = images(build(dtype=torch.float32))
     with torch.no_grad():
-        expected = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)(x)
+        expected = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)(x)
     with torch.inference_mode():
-        model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+        model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
         assert torch.equal(model(x), expected)
 
 
-def test_autocast_and_inference_mode(backend: str) -> None:
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | dict(sparsity=1.0))
+def test_autocast_and_inference_mode(backend: str, propagation: str) -> None:
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS | dict(sparsity=1.0, propagation=propagation))
     x = images(model)
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         expected = model(x)
@@ -125,9 +155,9 @@ def test_autocast_and_inference_mode(backend: str) -> None:
         assert torch.equal(model(x), expected)
 
 
-def test_deterministic_algorithms(backend: str) -> None:
+def test_deterministic_algorithms(backend: str, propagation: str) -> None:
     """They are honoured: nothing raises, nothing warns, and the bits are the same again and without them."""
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
     x = images(model)
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     results, gradients = [], []
@@ -147,9 +177,23 @@ def test_deterministic_algorithms(backend: str) -> None:
 # Several users of one model
 
 
-def test_threads_share_one_model_in_inference_mode(backend: str) -> None:
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_with_live_edges_is_the_model(backend: str, how: str) -> None:
+    """What a forward leaves of its graph is on no module: a copy made after one is as good as the model."""
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation="LiveGraph", gamma=0.5)
+    with torch.no_grad():
+        expected = model(images(model))
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert other.gtp == model.gtp
+        assert other.blocks[0].attn.qkv.weight.data_ptr() != model.blocks[0].attn.qkv.weight.data_ptr()
+        assert torch.equal(other(images(model)), expected)
+        next(model.blocks.parameters()).mul_(2.0)
+        assert torch.equal(other(images(model)), expected)
+
+
+def test_threads_share_one_model_in_inference_mode(backend: str, propagation: str) -> None:
     """Batches of different sizes at once, beside a thread that copies the model and one that traces its own forward."""
-    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS)
+    model = gtp_vit.patch(build(dtype=torch.float32), **OPTIONS, propagation=propagation)
     inputs = [images(model, batch=1 + seed, seed=seed) for seed in range(3)]
     with torch.inference_mode():
         expected = [model(x) for x in inputs]
@@ -241,3 +285,16 @@ def test_a_device_without_a_backend_says_what_runs_there(monkeypatch: pytest.Mon
 def test_every_op_offers_the_reference_on_other_devices(op: str, device: str) -> None:
     with pytest.raises(RuntimeError, match=rf"no backend runs {op} on {device}; .*use_backend\('reference'\)"):
         backends._automatic(op, device)
+
+
+def test_the_page_on_bad_input_names_tests_that_exist() -> None:
+    here = Path(__file__).resolve().parent
+    page = (here.parent / "docs" / "architecture.md").read_text()
+    section = page.partition("## When something is missing or foreign")[2].partition("\n## ")[0]
+    rows = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 7
+    defined = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in here.glob("*.py")), re.MULTILINE))
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row)
+        assert names
+        assert set(names) <= defined, set(names) - defined

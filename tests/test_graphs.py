@@ -24,12 +24,13 @@ def _not_warned() -> None:
     graphs._warned.clear()
 
 
-def patched(key: str = "vit") -> Any:
-    return gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS)
+def patched(key: str = "vit", propagation: str = "GraphProp") -> Any:
+    return gtp_vit.patch(build(key, dtype=torch.float32), **OPTIONS, propagation=propagation)
 
 
-def test_on_a_cpu_it_is_the_model_and_says_so_once() -> None:
-    model = patched()
+@pytest.mark.parametrize("propagation", ["GraphProp", "LiveGraph"])
+def test_on_a_cpu_it_is_the_model_and_says_so_once(propagation: str) -> None:
+    model = patched(propagation=propagation)
     x = images(model)
     with pytest.warns(UserWarning, match="CUDA graphs need a GPU; the example is on cpu"):
         run = gtp_vit.graphed(model, x)
@@ -75,9 +76,10 @@ def test_wrong_arguments_are_named() -> None:
 if torch.cuda.is_available():
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("propagation", ["GraphProp", "LiveGraph"])
     @pytest.mark.parametrize("key", ["vit", "dinov2 registers", "gap"])
-    def test_the_graph_is_the_model(key: str) -> None:
-        model = patched(key).to("cuda")
+    def test_the_graph_is_the_model(key: str, propagation: str) -> None:
+        model = patched(key, propagation).to("cuda")
         inputs = [images(model, batch=1, seed=seed).to("cuda") for seed in range(3)]
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 import gtp_kernels
 from gtp_kernels import backends, native
-from gtp_vit.config import GTPConfig
+from gtp_vit.config import PROPAGATIONS, GTPConfig
 
 SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx"}
 DTYPES = {
@@ -111,10 +111,12 @@ def export(
 
     Raises:
         ValueError: an unknown kind, another suffix, a dtype that the kind of file does not take, a model that trains or
-            draws random numbers, images that are not ``batch`` or do not fit the model.
+            draws random numbers, live edges for ``onnx``, images that are not ``batch`` or do not fit the model.
         TypeError: ``model`` is not a module, or does not return one tensor.
         ImportError: a library that it needs is missing.
-        ExportError: torch cannot export or compile the model, or what was written disagrees with it.
+        RuntimeError: the forced backend cannot run the model, with the reason of every backend.
+        ExportError: the native library is missing, torch cannot export or compile the model, or what was written
+            disagrees with it.
     """
     target = _checked(model, path, images, kind, batch)
     with torch.no_grad(), _operators(kind):
@@ -168,22 +170,24 @@ def load_aoti(path: Path | str) -> Runner:
     """
     path = _existing(path)
     found = _package_metadata(path)
+    about = _about(path, found)
     if native.missing is not None:
         raise ExportError(
             f"{path}: its operators are not there: {native.missing}. A package needs the native library of gtp_kernels"
         )
+    device = found.get("AOTI_DEVICE_KEY", "cpu")
     needs, has = found.get("AOTI_CPU_ISA", ""), torch.backends.cpu.get_cpu_capability()
-    if found.get("AOTI_DEVICE_KEY", "cpu") == "cpu" and "AVX512" in needs and has != "AVX512":
+    if device == "cpu" and "AVX512" in needs and has != "AVX512":
         raise ExportError(
             f"{path}: compiled for {needs}, and this machine has {has}: export it again on a machine like this one"
         )
     try:
         run = torch._inductor.aoti_load_package(str(path))
     except Exception as error:  # the loader raises what its own C++ throws
-        writer = json.loads(found[_KEY]).get("torch", "unknown")
         raise ExportError(
-            f"{path}: torch {torch.__version__} does not load it (written with torch {writer}): "
-            f"{_first_line(error)}; export it again with this torch"
+            f"{path}: torch {torch.__version__} with gtp-kernels {gtp_kernels.__version__} does not load it (written "
+            f"with torch {about.get('torch', 'unknown')}, gtp-kernels {about.get('version', 'unknown')}): "
+            f"{_first_line(error)}; export it again with these"
         ) from error
 
     # A package holds one model, and threads that call it at once would wait for it inside torch's runner.
@@ -191,7 +195,7 @@ def load_aoti(path: Path | str) -> Runner:
 
     def runner(images: Tensor) -> Tensor:
         # The package itself looks at no shape: it would read beyond the images.
-        _check_images(path, found, images)
+        _check_images(path, about, device, images)
         with turn, torch.no_grad():
             out = run(images)
         return out[0] if isinstance(out, list | tuple) else out
@@ -232,9 +236,10 @@ def load_onnx(path: Path | str) -> Runner:
             f"{session.get_modelmeta().producer_name or 'unknown'}); needed is one "
             "that gtp-vit export --format onnx wrote"
         )
+    about = _about(path, custom)
 
     def runner(images: Tensor) -> Tensor:
-        _check_images(path, custom, images)
+        _check_images(path, about, "cpu", images)
         (out,) = session.run(None, {"images": images.detach().cpu().numpy()})
         return torch.from_numpy(out)
 
@@ -256,11 +261,8 @@ def _checked(model: object, path: Path | str, images: Tensor, kind: str, batch: 
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode: call model.eval() first")
-    config = getattr(model, "gtp", None)
-    if isinstance(config, GTPConfig) and config.selection == "Random":
-        raise ValueError(
-            "selection must not be 'Random' at export: what draws random numbers cannot be compared with its model"
-        )
+    for module in model.modules():
+        _check_options(getattr(module, "gtp", None), kind)
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor [k, 3, H, W] with k ≥ 1; got {got}")
@@ -285,16 +287,33 @@ def _checked(model: object, path: Path | str, images: Tensor, kind: str, batch: 
     return path.resolve()
 
 
+def _check_options(config: object, kind: str) -> None:
+    if not isinstance(config, GTPConfig):
+        return
+    if config.selection == "Random":
+        raise ValueError(
+            "selection must not be 'Random' at export: what draws random numbers cannot be compared with its model"
+        )
+    depth = 1 if isinstance(config.num_prop, int) else len(config.num_prop)
+    if kind == "onnx" and config.propagation == "LiveGraph" and config.uses_graph(depth):
+        allowed = ", ".join(name for name in PROPAGATIONS if name != "LiveGraph")
+        raise ValueError(
+            f"propagation must be one of {allowed} for onnx; got 'LiveGraph', whose tokens leave one after the other, "
+            "each by where those before it went: a walk that the standard operators of ONNX do not have. Export it as "
+            "aoti (--format aoti, kind='aoti'), or patch the model with one of the others"
+        )
+
+
 @contextlib.contextmanager
 def _operators(kind: str) -> Iterator[None]:
     """The operators whose definitions :mod:`gtp_vit.onnx` knows; for AOTInductor, the device's own."""
+    if native.missing is not None:
+        raise ExportError(f"the export traces the operators of the native library, and {native.missing}")
     if kind != "onnx":
         if backends.forced() == "reference":
             raise ValueError("the backend must not be forced to 'reference' for aoti: a package calls kernels")
         yield
         return
-    if native.missing is not None:
-        raise ExportError(f"the export to ONNX traces the operators of the native library, and {native.missing}")
     with backends.use_backend("cpu"):
         yield
 
@@ -421,12 +440,28 @@ def _package_metadata(path: Path) -> dict[str, str]:
     return found
 
 
-def _check_images(path: Path, metadata: dict[str, str], images: Tensor) -> None:
-    about = json.loads(metadata[_KEY])
+def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What :func:`_metadata` wrote: the images of a file, and by what it was written."""
+    try:
+        about = json.loads(metadata[_KEY])
+        count, *sizes = about["images"]
+        fine = isinstance(about["dtype"], str) and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
+        fine = fine and (count == "batch" or isinstance(count, int))
+    except (ValueError, TypeError, KeyError):
+        fine = False
+    if not fine:
+        raise ExportError(
+            f"{path}: corrupt, its metadata {_KEY!r} is {str(metadata[_KEY])[:80]!r}; needed is the shape and the type "
+            "of the images; export it again"
+        )
+    return dict(about)
+
+
+def _check_images(path: Path, about: dict[str, Any], device_name: str, images: Tensor) -> None:
     count, *sizes = about["images"]
     fits = images.ndim == 4 and list(images.shape[1:]) == sizes
     fits = fits and (1 <= len(images) <= _LARGEST_BATCH if count == "batch" else len(images) == count)
-    device = torch.device(metadata.get("AOTI_DEVICE_KEY", "cpu")).type
+    device = torch.device(device_name).type
     dtype = str(images.dtype).removeprefix("torch.")
     if not fits or dtype != about["dtype"] or images.device.type != device:
         raise ValueError(

@@ -10,6 +10,9 @@ runs slowly:
                   equal ones by their running count, lower indices first (Equations 5 to 9)
     propagate     rows of Âᵀ gathered at the tokens that leave, then at those that stay, and one MatMul (10, 12)
 
+Live edges are not among them: :func:`gtp_vit.export.export` refuses them, as the walk over the tokens that leave would
+take a loop.
+
 The step needs finite features: a weight of zero times infinity is NaN here, where the kernels have no edge.
 """
 

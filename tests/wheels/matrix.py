@@ -30,11 +30,10 @@ def run(command: list[str], folder: Path) -> str | None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "GTP_KERNELS_NATIVE")}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode == 0:
-        print("\n".join(f"   {line}" for line in lines[-4:]), flush=True)
+        print("".join(f"   {line}\n" for line in done.stdout.strip().splitlines()[-4:]), end="", flush=True)
         return None
-    return "\n".join(lines[-15:])
+    return "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
 
 
 def beside(release: str, wheel: Path, folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """``python smoke.py [RELEASE]``: an installed wheel, in an environment that has no source tree. Run by matrix.py.
 
-The ops on the native CPU kernels against the reference, a compiled op, and a small patched model.
+The ops on the native CPU kernels against the reference, a compiled op, and a small patched model, with live edges too.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ def model() -> None:
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         plain = vit(images).logits
-        gtp_vit.patch(vit, num_prop=3, num_neighbours=4)
-        patched = vit(images).logits
-        with gtp_kernels.use_backend("reference"):
-            torch.testing.assert_close(patched, vit(images).logits, rtol=1e-4, atol=1e-4)
-        gtp_vit.unpatch(vit)
-        assert torch.equal(vit(images).logits, plain)
-    assert not torch.equal(patched, plain)
+        for propagation in ("GraphProp", "LiveGraph"):
+            gtp_vit.patch(vit, num_prop=3, num_neighbours=4, propagation=propagation)
+            patched = vit(images).logits
+            with gtp_kernels.use_backend("reference"):
+                torch.testing.assert_close(patched, vit(images).logits, rtol=1e-4, atol=1e-4)
+            gtp_vit.unpatch(vit)
+            assert torch.equal(vit(images).logits, plain)
+            assert not torch.equal(patched, plain)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import click
 
 import gtp_kernels
+from gtp_kernels.backends import BackendError
 
 # Name -> where the click command is.
 COMMANDS = {
@@ -31,6 +33,13 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; a forced backend that cannot run (``GTP_KERNELS_BACKEND``) is a message, no traceback."""
+        try:
+            return super().invoke(ctx)
+        except BackendError as error:
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
