@@ -16,7 +16,8 @@ TESTS = Path(__file__).parent
 NOTICED_BY = {
     "attention": "matches_definition or every_rank or ties",
     "graph": "ties or numbers_of_neighbours",
-    "propagate": "residual_step or test_select or test_propagate",
+    "live": "not strides and not head_sizes",
+    "propagate": "residual_step or test_select or test_propagate or merge",
 }
 # (stem, file, what stands there, what takes its place): errors that a reader could overlook.
 MUTATIONS = [
@@ -42,6 +43,18 @@ MUTATIONS = [
     ("graph", "graph.cuh", " || column == own_row + r", ""),
     ("graph", "graph.cuh", "before < key ? before : key", "before > key ? before : key"),
     ("graph", "graph.cuh", "place += shuffle(other, l) < column", "place += shuffle(other, l) <= column"),
+    ("live", "live.cuh", "found <= most || ", "row_of(found) <= row_of(most) || "),
+    ("live", "live.cuh", "state == kTarget || (state == kStays && !full)", "state == kTarget || state == kStays"),
+    ("live", "live.cuh", "into[other] = kTarget;", ""),
+    ("live", "live.cuh", "(1u << lane_id()) - 1)) < prop) into", "(2u << lane_id()) - 1)) < prop) into"),
+    ("live", "live.cuh", "uint64_t>(ordered_key(w))", "uint64_t>(bits_of(w))"),
+    ("live", "live.cuh", "sum_lanes<kGroup>(sum[q])", "sum_lanes<kGroup / 2>(sum[q])"),
+    ("live", "live.cuh", "  image.begin_walk();\n  sync_block();", "  image.begin_walk();"),
+    ("live", "live.cuh", "atomic_max(at<uint32_t>(task.key) + row, best)", "at<uint32_t>(task.key)[row] = best"),
+    ("live", "live.cuh", "fabsf(cosine) < kInfinity ? cosine : -1.f", "cosine"),
+    ("live", "live.cu", "    if (first > 0) sync_block();\n", ""),
+    ("live", "live.cu", "theirs == column && u0 + l < t", "theirs == column"),
+    ("live", "live.cu", "!has_edge(j, i)", "i != j"),
     (
         "propagate",
         "propagate.cuh",
@@ -50,6 +63,9 @@ MUTATIONS = [
     ),
     ("propagate", "propagate.cuh", "sources.mean ? 1 : static_cast<double>(sources.value)", "1.0"),
     ("propagate", "propagate.cuh", "sources.mean ? 1.f : alpha * sources.value", "alpha * sources.value"),
+    ("propagate", "propagate.cuh", "if (count == 0 && hits) weigh", "if (hits) weigh"),
+    ("propagate", "propagate.cuh", "hits = ballot(factor != 0);", ""),
+    ("propagate", "propagate.cuh", "return share[n - prefix];", "return share[n];"),
     ("propagate", "select.cuh", "four.key[k] > key", "four.key[k] >= key"),
     ("propagate", "select.cuh", "w < warp_id() ? of_warp[w] : 0", "w <= warp_id() ? of_warp[w] : 0"),
 ]

@@ -308,6 +308,7 @@ struct Image {
       const int own_token = own_row >= 0 ? at<int>(task.first)[own_row] : -1;
       const Range own_edges = own_token >= 0 ? edges_of(own_token) : Range{0, 0};
       const int own_next = own_token >= 0 ? next[own_token] : -1;
+      const float own_size = own_row >= 0 ? p.sizes[b * p.tokens + p.prefix + own_row] : 0;
       for (int turn = 0; turn < kLanes && turn <= i0 && left < prop; ++turn) {
         const int row = shuffle(own_row, turn);
         if (into[row] != kStays) continue;
@@ -331,11 +332,12 @@ struct Image {
         const int other = row_of(most);
         targets += into[other] == kStays;
         ++left;
+        const float size = shuffle(own_size, turn);
         sync_warp();  // all lanes have read what one of them writes
         if (lane_id() == 0) {
           into[row] = other;
           into[other] = kTarget;
-          total[other] += p.sizes[b * p.tokens + p.prefix + row];
+          total[other] += size;
         }
         sync_warp();
       }
