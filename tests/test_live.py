@@ -342,6 +342,11 @@ def test_bad_arguments(change, error, message):
 LIVE = {**OPTIONS, "propagation": "LiveGraph"}
 
 
+def of_models():
+    """The type of a model that the forced backend runs whole: the attention of ``cuda`` takes half types."""
+    return torch.bfloat16 if backends.forced() == "cuda" else torch.float64
+
+
 def plain_features(model, x, config):
     """The features of an unpatched ``model`` with live edges, by the definition."""
     x = model.patch_embed(x)
@@ -381,15 +386,29 @@ def test_patched_model(backend, key, options):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
+@KERNELS
+def test_low_precision_weights(backend, key, dtype):
+    model = gtp_vit.patch(build(key, torch.float32), **LIVE | dict(sparsity=1.0))
+    x = images(model)
+    with torch.no_grad():
+        with backends.record(), gtp_kernels.use_backend("reference"):
+            expected = model(x)
+        result = model.to(dtype)(x.to(dtype))
+    assert result.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(result.float(), expected).min() > 0.98
+
+
 def test_down_to_one_token(backend):
-    model = gtp_vit.patch(build("vit"), num_prop=(5, 5, 5), propagation="LiveGraph", num_neighbours=3)
+    model = gtp_vit.patch(build("vit", of_models()), num_prop=(5, 5, 5), propagation="LiveGraph", num_neighbours=3)
     with torch.no_grad():
         assert model.forward_features(images(model)).shape == (2, 2, 48)
 
 
 def test_restored_grid_and_lineage(backend):
     """What left has the row that it was merged into; the lineage of a row is the mean of the patches in it."""
-    model = gtp_vit.patch(build("vit"), **LIVE, restore=True)
+    model = gtp_vit.patch(build("vit", of_models()), **LIVE, restore=True)
     x = images(model)
     with gtp_vit.trace(model) as trace, torch.no_grad():
         features = model.forward_features(x)
@@ -423,7 +442,7 @@ def test_gradients_of_a_model(backend, key):
 
 @KERNELS
 def test_compiles_without_a_break(backend):
-    model = gtp_vit.patch(build(), **LIVE)
+    model = gtp_vit.patch(build(dtype=of_models()), **LIVE)
     x = images(model)
     with torch.no_grad():
         expected = model(x)
