@@ -236,7 +236,7 @@ def test_matches_definition(live: Live, seed: int, dtype: torch.dtype, prefix: i
     assert live.launches == 1
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 80, 127, 128, 129, 256])
+@pytest.mark.parametrize("d", [0, 1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 80, 127, 128, 129, 256])
 @pytest.mark.parametrize("heads", [1, 8, 9])
 def test_head_sizes(live: Live, d: int, heads: int) -> None:
     # In one dimension every cosine is 1 or -1: scores tie, and that of two tokens of equal importance too.

@@ -54,7 +54,7 @@ MUTATIONS = [
     ("live", "live.cuh", "fabsf(cosine) < kInfinity ? cosine : -1.f", "cosine"),
     ("live", "live.cu", "    if (first > 0) sync_block();\n", ""),
     ("live", "live.cu", "theirs == column && u0 + l < t", "theirs == column"),
-    ("live", "live.cu", "!has_edge(j, i)", "i != j"),
+    ("live", "live.cu", "return range.begin < end && indices[range.begin] == to;", "return range.begin < end;"),
     (
         "propagate",
         "propagate.cuh",

@@ -219,9 +219,10 @@ struct Image {
   }
 
   // The edges of tokens u, u + step, … by a warp: their candidates, the best of each row, and what each row carries.
-  // The order of a list depends on the run, nothing that is read off it does.
+  // Lane l has edge e0 + l; a group of lanes multiplies the keys of one. The order of a list depends on the run,
+  // nothing that is read off it does.
   GTP_DEVICE void weigh_edges(int u, int step) const {
-    constexpr int kAtOnce = kLanes / kGroup * kEdges;
+    constexpr int kGroups = kLanes / kGroup;
     const float* const unit = at<float>(task.unit);
     uint64_t* const candidate = at<uint64_t>(task.candidate);
     const int group = lane_id() / kGroup, part = lane_id() % kGroup;
@@ -232,36 +233,40 @@ struct Image {
       const float* const own = unit + int64_t{row} * task.padded;
       const Range edges = edges_of(u);
       uint32_t best = 0;
-      GTP_NO_UNROLL
-      for (int e0 = edges.begin; e0 < edges.end; e0 += kAtOnce) {
-        int other[kEdges];
-        float sum[kEdges];
-        GTP_UNROLL
-        for (int q = 0; q < kEdges; ++q) {
-          const int e = e0 + q * (kLanes / kGroup) + group;
-          other[q] = e < edges.end ? neighbour(e, row) : -1;
-          sum[q] = 0;
-        }
+      for (int e0 = edges.begin; e0 < edges.end; e0 += kLanes) {
+        const int e = e0 + lane_id(), other = e < edges.end ? neighbour(e, row) : -1;
+        float cosine = 0;
         GTP_NO_UNROLL
-        for (int c = 4 * part; c < task.padded; c += 4 * kGroup) {
-          const FourFloats a = *reinterpret_cast<const FourFloats*>(own + c);
+        for (int place0 = 0; place0 < kLanes && place0 < edges.end - e0; place0 += kEdges * kGroups) {
+          const float* theirs[kEdges];
+          float sum[kEdges];
           GTP_UNROLL
           for (int q = 0; q < kEdges; ++q) {
-            const int64_t of_other = int64_t{other[q] < 0 ? row : other[q]} * task.padded;
-            const FourFloats x = *reinterpret_cast<const FourFloats*>(unit + of_other + c);
+            const int column = shuffle(other, place0 + q * kGroups + group);
+            theirs[q] = unit + int64_t{column < 0 ? row : column} * task.padded;
+            sum[q] = 0;
+          }
+          GTP_NO_UNROLL
+          for (int c = 4 * part; c < task.padded; c += 4 * kGroup) {
+            const FourFloats a = *reinterpret_cast<const FourFloats*>(own + c);
             GTP_UNROLL
-            for (int i = 0; i < 4; ++i) sum[q] = fmaf(a.v[i], x.v[i], sum[q]);
+            for (int q = 0; q < kEdges; ++q) {
+              const FourFloats x = *reinterpret_cast<const FourFloats*>(theirs[q] + c);
+              GTP_UNROLL
+              for (int i = 0; i < 4; ++i) sum[q] = fmaf(a.v[i], x.v[i], sum[q]);
+            }
+          }
+          GTP_UNROLL
+          for (int q = 0; q < kEdges; ++q) {
+            const int of_group = lane_id() - place0 - q * kGroups;
+            const float found = shuffle(sum_lanes<kGroup>(sum[q]), lane_id() % kGroups * kGroup);
+            if (of_group >= 0 && of_group < kGroups) cosine = found;
           }
         }
-        GTP_UNROLL
-        for (int q = 0; q < kEdges; ++q) {
-          const float cosine = sum_lanes<kGroup>(sum[q]);
-          const uint64_t found = other[q] < 0 ? 0 : candidate_of(fabsf(cosine) < kInfinity ? cosine : -1.f, other[q]);
-          const uint32_t key = static_cast<uint32_t>(found >> 32);
-          best = key > best ? key : best;
-          const int e = e0 + q * (kLanes / kGroup) + group;
-          if (part == 0 && e < edges.end) candidate[e] = found;
-        }
+        const uint64_t found = other < 0 ? 0 : candidate_of(fabsf(cosine) < kInfinity ? cosine : -1.f, other);
+        const uint32_t key = static_cast<uint32_t>(found >> 32);
+        best = key > best ? key : best;
+        if (e < edges.end) candidate[e] = found;
       }
       best = largest_of_lanes(best);
       if (lane_id() == 0 && best > 0) atomic_max(at<uint32_t>(task.key) + row, best);
