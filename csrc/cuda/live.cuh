@@ -334,10 +334,10 @@ struct Image {
         }
         most = largest_of_lanes(most);
         if (most == 0) continue;
+        const float size = shuffle(own_size, turn);
         const int other = row_of(most);
         targets += into[other] == kStays;
         ++left;
-        const float size = shuffle(own_size, turn);
         sync_warp();  // all lanes have read what one of them writes
         if (lane_id() == 0) {
           into[row] = other;
