@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 NOTICED_BY = {
     "attention": "matches_definition or every_rank or ties",
     "graph": "ties or numbers_of_neighbours",
-    "live": "not strides and not head_sizes",
+    "live": "matches_definition or graph or all_but_one or many_tokens or no_number",
     "propagate": "residual_step or test_select or test_propagate or merge",
 }
 # (stem, file, what stands there, what takes its place): errors that a reader could overlook.
@@ -49,7 +49,6 @@ MUTATIONS = [
     ("live", "live.cuh", "  image.begin_walk();\n  sync_block();", "  image.begin_walk();"),
     ("live", "live.cuh", "atomic_max(at<uint32_t>(task.key) + row, best)", "at<uint32_t>(task.key)[row] = best"),
     ("live", "live.cuh", "fabsf(cosine) < kInfinity ? cosine : -1.f", "cosine"),
-    ("live", "live.cu", "    if (first > 0) sync_block();\n", ""),
     ("live", "live.cu", "return range.begin < end && indices[range.begin] == to;", "return range.begin < end;"),
     (
         "propagate",
