@@ -91,7 +91,8 @@ test-triton: build  ## the tests of the ops and of a patched model on the Triton
 	@TRITON_INTERPRET=1 $(ONE_THREAD) $(PYTEST) -W ignore -k triton -n $(WORKERS) --dist worksteal \
 	  --durations=10 --durations-min=20 $(INTERPRETED) $(ARGS)
 
-EMULATED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py patch_timm.py)
+EMULATED ?= $(addprefix tests/test_,attention.py select.py graph.py propagate.py select_propagate.py live.py \
+  patch_timm.py)
 
 test-cuda: build  ## the same tests on the CUDA C++ kernels, on the emulated GPU
 	@echo "-- CUDA kernels in emulation: $(EMULATED)"

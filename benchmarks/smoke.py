@@ -48,6 +48,15 @@ def smoke(device: torch.device, num_tokens: tuple[int, ...] = (17, 65, 197, 290)
                 _no_nan(leaf.grad)
             _no_nan(y, *(() if normed is None else (normed,)))
             calls += 2 + trains
+        live = gtp_kernels.live_graph(graph)
+        found = gtp_kernels.live_select(k, importance, live, 5, torch.ones_like(scales))
+        leaf = x.detach().requires_grad_(trains)
+        y, normed = gtp_kernels.live_merge(leaf, x, found)
+        if trains:
+            y.sum().backward()
+            _no_nan(leaf.grad)
+        _no_nan(y, normed, found.share, found.sizes)
+        calls += 3 + trains
         y, _, _ = gtp_kernels.propagate(x, graph.to_dense() if trains else graph, kept, prop, token_scales=scales)
         _no_nan(y)
         calls += 3

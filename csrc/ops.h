@@ -505,7 +505,7 @@ struct Ops {
     Tensor live_indices = empty(indptr, {p.batch, 2 * p.capacity}, ScalarType::Int);
     p.live_indptr = static_cast<int32_t*>(live_indptr.mutable_data_ptr());
     p.live_indices = static_cast<int32_t*>(live_indices.mutable_data_ptr());
-    Device(indptr).live_graph(p);
+    Device(indptr).live_graph(p, indptr);
     return {live_indptr, live_indices};
   }
 
@@ -561,7 +561,7 @@ struct Ops {
     p.share = static_cast<float*>(share.mutable_data_ptr());
     p.sizes_out = static_cast<float*>(sizes_out.mutable_data_ptr());
     p.rep_out = static_cast<int32_t*>(rep_out.mutable_data_ptr());
-    Device(k).live_select(p);
+    Device(k).live_select(p, k);
     return {kept, prop, target, share, sizes_out, rep_out};
   }
 

@@ -63,11 +63,11 @@ struct Cpu {
   void build_graph(const GraphParams& p, const Tensor&) {
     kernels().build_graph(p, kParallel);
   }
-  void live_graph(const LiveGraphParams& p) {
+  void live_graph(const LiveGraphParams& p, const Tensor&) {
     Error error;
     GTP_CHECK(gtp::live_graph(p, kParallel, error), error.text);
   }
-  void live_select(const LiveSelectParams& p) {
+  void live_select(const LiveSelectParams& p, const Tensor&) {
     Error error;
     GTP_CHECK(kernels().live_select(p, kParallel, error), error.text);
   }
@@ -146,6 +146,18 @@ class Cuda {
     GTP_CHECK(cuda::build_graph(p, workspace.mutable_data_ptr(), stream_, error), error.text, "; x has shape ",
               text_of({p.batch, p.tokens, p.channels}));
   }
+  void live_graph(const LiveGraphParams& p, const Tensor& like) {
+    const Tensor workspace = workspace_of(like, cuda::live_graph_workspace(p));
+    Error error;
+    GTP_CHECK(cuda::live_graph(p, workspace.mutable_data_ptr(), stream_, error), error.text, "; indices has shape ",
+              text_of({p.batch, p.capacity}));
+  }
+  void live_select(const LiveSelectParams& p, const Tensor& like) {
+    const Tensor workspace = workspace_of(like, cuda::live_select_workspace(p));
+    Error error;
+    GTP_CHECK(cuda::live_select(p, workspace.mutable_data_ptr(), stream_, error), error.text, "; k has shape ",
+              text_of({p.batch, p.heads, p.tokens, p.head_size}));
+  }
 
  private:
   static Tensor workspace_of(const Tensor& like, size_t bytes) {
@@ -208,5 +220,8 @@ GTP_IMPLEMENTATION(GTP_NAMESPACE, GTP_CUDA_KEY, m) {
   m.impl("residual_propagate_norm", TORCH_BOX(&On::residual_propagate_norm));
   m.impl("select_residual_propagate_norm", TORCH_BOX(&On::select_residual_propagate_norm));
   m.impl("build_graph", TORCH_BOX(&On::build_graph_op));
+  m.impl("live_graph", TORCH_BOX(&On::live_graph_op));
+  m.impl("live_select", TORCH_BOX(&On::live_select_op));
+  m.impl("live_merge", TORCH_BOX(&On::live_merge));
 }
 #endif

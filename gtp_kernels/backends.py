@@ -155,8 +155,6 @@ def refusal(
         return None if device_type in ("cpu", "meta") else f"it takes CPU tensors; these are on {device_type}"
     if backend == "triton":
         return _triton_refusal(device_type)
-    if op == "live":
-        return "it has no kernels for live edges (triton has)"
     missing = native.emulation_missing() if native.EMULATED else native.cuda_missing()
     return missing or _cuda_refusal(op, device_type, dtype, needs_grad, dense, size_fits)
 

@@ -34,6 +34,16 @@ CALLS = {
         *(None, None, None, 1e-6, "layer", "GraphProp", 0.1, 1),
     ),
     "build_graph": (TOKENS, 2, 2, "Mixed", 1, 1, "official"),
+    "live_graph": GRAPH[:2],
+    "live_select": (torch.zeros(1, 1, 5, 8), torch.zeros(1, 4), *GRAPH[:2], GRAPH[3], torch.ones(1, 5), 1, 0.25, 1),
+    "live_merge": (
+        *(TOKENS, TOKENS, None, INDEX, LEFT, torch.zeros_like(LEFT), torch.ones(1, 4)),
+        None,
+        None,
+        1e-6,
+        "layer",
+        1,
+    ),
 }
 
 

@@ -16,7 +16,8 @@ TESTS = Path(__file__).parent
 NOTICED_BY = {
     "attention": "matches_definition or every_rank or ties",
     "graph": "ties or numbers_of_neighbours",
-    "propagate": "residual_step or test_select or test_propagate",
+    "live": "matches_definition or graph or all_but_one or many_tokens or no_number",
+    "propagate": "residual_step or test_select or test_propagate or merge",
 }
 # (stem, file, what stands there, what takes its place): errors that a reader could overlook.
 MUTATIONS = [
@@ -42,6 +43,13 @@ MUTATIONS = [
     ("graph", "graph.cuh", " || column == own_row + r", ""),
     ("graph", "graph.cuh", "before < key ? before : key", "before > key ? before : key"),
     ("graph", "graph.cuh", "place += shuffle(other, l) < column", "place += shuffle(other, l) <= column"),
+    ("live", "live.cuh", "targets == task.kept", "targets > task.kept"),
+    ("live", "live.cuh", "        sync_warp();  // all lanes have read what one of them writes\n", ""),
+    ("live", "live.cuh", "(1u << lane_id()) - 1)) < prop) into", "(2u << lane_id()) - 1)) < prop) into"),
+    ("live", "live.cuh", "  image.begin_walk();\n  sync_block();", "  image.begin_walk();"),
+    ("live", "live.cuh", "atomic_max(at<uint32_t>(task.key) + row, best)", "at<uint32_t>(task.key)[row] = best"),
+    ("live", "live.cuh", "fabsf(cosine) < kInfinity ? cosine : -1.f", "cosine"),
+    ("live", "live.cu", "return range.begin < end && indices[range.begin] == to;", "return range.begin < end;"),
     (
         "propagate",
         "propagate.cuh",
@@ -50,6 +58,8 @@ MUTATIONS = [
     ),
     ("propagate", "propagate.cuh", "sources.mean ? 1 : static_cast<double>(sources.value)", "1.0"),
     ("propagate", "propagate.cuh", "sources.mean ? 1.f : alpha * sources.value", "alpha * sources.value"),
+    ("propagate", "propagate.cuh", "if (count == 0 && hits) weigh", "if (hits) weigh"),
+    ("propagate", "propagate.cuh", "ballot(factor != 0)", "ballot(n >= 0)"),
     ("propagate", "select.cuh", "four.key[k] > key", "four.key[k] >= key"),
     ("propagate", "select.cuh", "w < warp_id() ? of_warp[w] : 0", "w <= warp_id() ? of_warp[w] : 0"),
 ]

@@ -14,12 +14,12 @@ from test_propagate import slack_of_norm
 from tolerances import close
 from torch import Tensor
 
-from gtp_kernels import TokenGraph, checks, reference
+from gtp_kernels import LiveGraph, LiveSelection, TokenGraph, checks, reference
 from gtp_kernels.reference import AttentionScores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-STANDARD_NUMBER = {"None": 0, "Mean": 1, "GraphProp": 2}
+STANDARD_NUMBER = {"None": 0, "Mean": 1, "GraphProp": 2, "Merge": 3}
 NORM_NUMBER = {"none": 0, "layer": 1, "rms": 2}
 SOURCE_NUMBER = {"CLSAttn": 0, "IMGAttn": 1, "DiagAttn": 2, "MixedAttn": 3, "SumAttn": 4}
 
@@ -54,7 +54,8 @@ Step = structure(
     "Step",
     "x:rows branch:rows layer_scale:vector token_scales:vector norm_weight:vector norm_bias:vector "
     "batch tokens channels prefix kept prop index_kept:p index_prop:p indptr:p indices:p values:p token:p "
-    "origins capacity standard norm out_dtype alpha:d norm_eps:d x_out:p normed:p token_out:p scales_out:p",
+    "origins capacity standard norm out_dtype alpha:d norm_eps:d target:p share:p x_out:p normed:p token_out:p "
+    "scales_out:p",
 )
 
 
@@ -131,6 +132,8 @@ def step_arguments(
     standard: str = "GraphProp",
     alpha: float = 0.1,
     token_scales: Tensor | None = None,
+    target: Tensor | None = None,
+    share: Tensor | None = None,
     num_prefix: int = 1,
 ) -> tuple[Any, tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
     """The arguments and the outputs, (x_out, normed, token_out, scales_out)."""
@@ -147,7 +150,8 @@ def step_arguments(
         batch, tokens, channels, num_prefix, kept.shape[1], prop.shape[1], address(kept), address(prop),
         *(address(tensor) for tensor in csr), 0 if graph is None else graph.indptr.shape[1] - 1,
         0 if graph is None else graph.indices.shape[1], STANDARD_NUMBER[standard], NORM_NUMBER[norm],
-        DTYPE_NUMBER[dtype], alpha, norm_eps, address(out), address(normed), address(token_out), address(scales_out),
+        DTYPE_NUMBER[dtype], alpha, norm_eps,
+        *(address(tensor) for tensor in (target, share, out, normed, token_out, scales_out)),
     )  # fmt: skip
     return arguments, (out, normed, token_out, scales_out)
 
@@ -456,6 +460,84 @@ def test_what_is_refused(library: ctypes.CDLL) -> None:
     x, graph, kept, prop, _ = case()
     with pytest.raises(RuntimeError, match="float64"):
         step(library, x.double(), graph, kept, prop)
+
+
+# --- the merge of live edges ------------------------------------------------------------------------------------------
+
+
+def merge_case(
+    n: int, num_prop: int, num_prefix: int = 1, channels: int = 24, dtype: torch.dtype = torch.float32
+) -> Any:
+    """x, branch and a selection; targets and shares as they come, some of no row and some of nothing."""
+    x, _, kept, prop, _ = case(n, num_prop, num_prefix, channels=channels, dtype=dtype)
+    generator = torch.Generator().manual_seed(n + channels)
+    target = torch.randint(-1, n - num_prop, (2, num_prop), generator=generator)
+    share = torch.rand(2, n, generator=generator)
+    share[:, ::5] = 0
+    branch = torch.randn(x.shape, generator=generator).to(dtype)
+    return x, branch, LiveSelection(kept, prop, target, share, share, LiveGraph(kept, kept, kept))
+
+
+def check_merge(library: ctypes.CDLL, x: Tensor, branch: Tensor, selection: LiveSelection, **options: Any) -> None:
+    kept, prop, target, share, _, _ = selection
+    given = dict(options, standard="Merge", branch=branch, target=target, share=share)
+    out, normed, _, _ = step(library, x, None, kept, prop, **given)
+    theirs = reference.live_merge(x, branch, selection, **options)
+    close(out, theirs[0])
+    if normed is not None:
+        close(normed, theirs[1], slack_of_norm(theirs[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", checks.NORMS)
+def test_merge(library: ctypes.CDLL, seed: int, dtype: torch.dtype, norm: str) -> None:
+    for channels, vector_dtype in ((3, torch.float64), (40, torch.float32), (384, dtype), (772, dtype), (1540, dtype)):
+        x, branch, selection = merge_case(9 if channels > 400 else 45, 4, channels=channels, dtype=dtype)
+        check_merge(library, x, branch, selection, norm=norm)
+        generator = torch.Generator().manual_seed(3)
+        scale, weight, bias = torch.randn(3, channels, generator=generator).to(vector_dtype)
+        options: dict[str, Any] = {"layer_scale": scale, "norm": norm, "norm_eps": 1e-3}
+        if norm != "none":
+            options["norm_weight"] = weight
+        if norm == "layer":
+            options["norm_bias"] = bias
+        check_merge(library, x, branch, selection, **options)
+
+
+@pytest.mark.parametrize(("n", "num_prop"), [(1, 0), (2, 1), (40, 0), (40, 39), (100, 33), (140, 98), (300, 8)])
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+def test_merge_of_few_and_many(library: ctypes.CDLL, n: int, num_prop: int, num_prefix: int) -> None:
+    x, branch, selection = merge_case(n, num_prop, num_prefix)
+    check_merge(library, x, branch, selection, norm="layer", num_prefix=num_prefix)
+    into_one = selection._replace(target=torch.zeros_like(selection.target))
+    check_merge(library, x, branch, into_one, norm="none", num_prefix=num_prefix)
+
+
+@pytest.mark.parametrize("channels", [24, 25])
+def test_merge_of_what_is_not_finite(library: ctypes.CDLL, channels: int) -> None:
+    """A row that goes nowhere, or with a share of nothing, leaves no trace; another one only where it goes."""
+    x, branch, selection = merge_case(35, 8, channels=channels)
+    kept, prop, target, share, _, _ = selection
+    target[:, 0], target[:, 1:3] = -1, 4
+    share.scatter_(1, prop[:, 1:3] - 1, torch.tensor([0.0, 0.5]).repeat(2, 1))
+    x.scatter_(1, prop[:, :2, None].expand(-1, -1, channels), math.nan)
+    for expected in (0, channels):
+        out = step(library, x, None, kept, prop, standard="Merge", branch=branch, target=target, share=share)[0]
+        assert out[:, 5].isnan().sum(1).tolist() == [expected] * 2
+        assert int(out.isnan().sum()) == 2 * expected
+        check_merge(library, x, branch, selection, norm="none")
+        x.scatter_(1, prop[:, 2:3, None].expand(-1, -1, channels), math.nan)
+
+
+@pytest.mark.parametrize("channels", [24, 25])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_bad_targets_read_nothing_outside(library: ctypes.CDLL, channels: int, at_end: bool) -> None:
+    x, branch, selection = merge_case(35, 8, channels=channels)
+    selection.target[:, ::2] = torch.tensor([-7, 28, 2**32, -(2**63)])
+    for name, bad in (("index_kept", 36), ("index_prop", -(2**40))):
+        getattr(selection, name)[:, 1] = bad
+    x, branch, kept, prop, target, share = (guarded(t, at_end) for t in (x, branch, *selection[:4]))
+    step(library, x, None, kept, prop, standard="Merge", branch=branch, target=target, share=share, norm="layer")
 
 
 # --- selection and step in one launch ---------------------------------------------------------------------------------

@@ -50,7 +50,13 @@ def test_walk(scores, edges, num_prop, expected):
     assert definition.walk(scores, near(len(scores), edges), num_prop) == expected
 
 
-def case(batch, heads, grid, d, channels, prefix, graph_type="Mixed", seed=0, dtype=torch.float64):
+def widest():
+    """The widest type that the forced backend takes."""
+    return torch.float32 if backends.forced() == "cuda" else torch.float64
+
+
+def case(batch, heads, grid, d, channels, prefix, graph_type="Mixed", seed=0, dtype=None):
+    dtype = dtype or widest()
     generator = torch.Generator().manual_seed(seed)
     n = grid[0] * grid[1]
     x = torch.randn(batch, prefix + n, channels, generator=generator, dtype=dtype)
@@ -118,7 +124,7 @@ SHAPES = [
 )
 @KERNELS
 def test_against_the_definition(backend, graph_type, batch, heads, grid, d, prefix, props):
-    """Block after block, down to one token, in float64: no two scores are so close that rounding could swap them."""
+    """Block after block, down to one token: no two scores are so close that rounding could swap them."""
     blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, props)
 
 
@@ -129,7 +135,7 @@ def blocks_against_the_definition(graph_type, batch, heads, grid, d, prefix, pro
     for num_prop in props:
         n = importance.shape[1]
         found = gtp_kernels.live_select(k, importance, live, num_prop, sizes, num_prefix=prefix)
-        expected = reference.live_select(k, importance, live, num_prop, sizes, num_prefix=prefix)
+        expected = reference.live_select(k.double(), importance.double(), live, num_prop, sizes, num_prefix=prefix)
         assert_same_selection(found, expected)
         branch, weight = torch.randn_like(x), torch.randn(24, dtype=x.dtype)
         options = dict(layer_scale=weight, norm_weight=weight, norm_bias=weight, num_prefix=prefix)
@@ -174,7 +180,7 @@ def test_exact_ties(backend):
     """All keys and importances equal: every score is equal, so the highest indices leave, into the lowest neighbour."""
     graph = case(1, 1, (4, 4), 4, 8, 0, "Spatial")[3]
     live = gtp_kernels.live_graph(graph)
-    k = torch.zeros(1, 1, 16, 4, dtype=torch.float64)
+    k = torch.zeros(1, 1, 16, 4, dtype=widest())
     k[..., 0] = 1
     found = gtp_kernels.live_select(k, torch.ones(1, 16), live, 3, torch.ones(1, 16), num_prefix=0)
     assert found.index_prop.tolist() == [[13, 14, 15]]
@@ -213,8 +219,8 @@ def test_a_kept_row_has_the_edges_of_what_it_absorbed(backend):
     for i in range(3):
         dense[0, i, i + 1] = dense[0, i + 1, i] = 1
     live = gtp_kernels.live_graph(TokenGraph.from_dense(dense))
-    k = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0], [-0.5, 1.0]], dtype=torch.float64)[None, None]
-    importance = torch.tensor([[1.0, 1e-9, 1.0, 1.0]], dtype=torch.float64)
+    k = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0], [-0.5, 1.0]], dtype=widest())[None, None]
+    importance = torch.tensor([[1.0, 1e-9, 1.0, 1.0]], dtype=widest())
     found = gtp_kernels.live_select(k, importance, live, 1, torch.ones(1, 4), num_prefix=0)
     assert found.index_prop.tolist() == [[1]]
     assert found.target.tolist() == [[0]]
@@ -223,7 +229,7 @@ def test_a_kept_row_has_the_edges_of_what_it_absorbed(backend):
     assert found.live.adjacency(3)[0].int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
     again = gtp_kernels.live_select(
         k[:, :, [0, 2, 3]],
-        torch.tensor([[1.0, 1e-9, 1.0]], dtype=torch.float64),
+        torch.tensor([[1.0, 1e-9, 1.0]], dtype=widest()),
         found.live,
         1,
         found.sizes,
@@ -239,7 +245,7 @@ def test_merge_is_the_mean_by_sizes(backend):
     out, _ = gtp_kernels.live_merge(x, torch.zeros_like(x), found, norm="none")
     for place, row in enumerate(found.index_kept[0].tolist()):
         members = [row, *found.index_prop[0, found.target[0] == place].tolist()]
-        weights = sizes[0, members].double()
+        weights = sizes[0, members].to(x.dtype)
         expected = (weights[:, None] * x[0, members]).sum(0) / weights.sum()
         torch.testing.assert_close(out[0, 1 + place], expected, rtol=1e-6, atol=1e-6)
         assert float(found.sizes[0, 1 + place]) == float(weights.sum())
@@ -257,6 +263,22 @@ def test_gradients(backend):
         return gtp_kernels.live_merge(x, branch, found, layer_scale=scale, norm_weight=weight, norm_bias=bias)
 
     assert torch.autograd.gradcheck(step, tensors)
+
+
+@KERNELS
+def test_gradients_are_those_of_the_definition(backend):
+    x, k, importance, graph = case(2, 2, (4, 4), 8, 40, 1)
+    found = gtp_kernels.live_select(k, importance, gtp_kernels.live_graph(graph), 6, torch.ones(2, 17))
+    tensors = [x, torch.randn_like(x), *(torch.randn(40, dtype=x.dtype) for _ in range(3))]
+    upstream = torch.randn(2, 11, 40, dtype=x.dtype)
+    with torch.enable_grad():
+        gradients = []
+        for merge in (gtp_kernels.live_merge, reference.live_merge):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            options = dict(zip(("layer_scale", "norm_weight", "norm_bias"), leaves[2:], strict=True))
+            out, normed = merge(leaves[0], leaves[1], found, **options)
+            gradients.append(torch.autograd.grad((out * upstream).sum() + normed.square().sum(), leaves))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 @KERNELS
@@ -325,6 +347,11 @@ def test_bad_arguments(change, error, message):
 LIVE = {**OPTIONS, "propagation": "LiveGraph"}
 
 
+def of_models():
+    """The type of a model that the forced backend runs whole: the attention of ``cuda`` takes half types."""
+    return torch.bfloat16 if backends.forced() == "cuda" else torch.float64
+
+
 def plain_features(model, x, config):
     """The features of an unpatched ``model`` with live edges, by the definition."""
     x = model.patch_embed(x)
@@ -364,15 +391,29 @@ def test_patched_model(backend, key, options):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key", ["vit", "dinov2 registers"])
+@KERNELS
+def test_low_precision_weights(backend, key, dtype):
+    model = gtp_vit.patch(build(key, torch.float32), **LIVE | dict(sparsity=1.0))
+    x = images(model)
+    with torch.no_grad():
+        with backends.record(), gtp_kernels.use_backend("reference"):
+            expected = model(x)
+        result = model.to(dtype)(x.to(dtype))
+    assert result.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(result.float(), expected).min() > 0.98
+
+
 def test_down_to_one_token(backend):
-    model = gtp_vit.patch(build("vit"), num_prop=(5, 5, 5), propagation="LiveGraph", num_neighbours=3)
+    model = gtp_vit.patch(build("vit", of_models()), num_prop=(5, 5, 5), propagation="LiveGraph", num_neighbours=3)
     with torch.no_grad():
         assert model.forward_features(images(model)).shape == (2, 2, 48)
 
 
 def test_restored_grid_and_lineage(backend):
     """What left has the row that it was merged into; the lineage of a row is the mean of the patches in it."""
-    model = gtp_vit.patch(build("vit"), **LIVE, restore=True)
+    model = gtp_vit.patch(build("vit", of_models()), **LIVE, restore=True)
     x = images(model)
     with gtp_vit.trace(model) as trace, torch.no_grad():
         features = model.forward_features(x)
@@ -406,7 +447,7 @@ def test_gradients_of_a_model(backend, key):
 
 @KERNELS
 def test_compiles_without_a_break(backend):
-    model = gtp_vit.patch(build(), **LIVE)
+    model = gtp_vit.patch(build(dtype=of_models()), **LIVE)
     x = images(model)
     with torch.no_grad():
         expected = model(x)

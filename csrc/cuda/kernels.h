@@ -33,5 +33,11 @@ bool takes_select_propagate(const SelectPropagateParams&, bool& takes, Error& er
 bool select_propagate(const SelectPropagateParams&, void* stream, Error& error);
 bool build_graph(const GraphParams&, void* workspace, void* stream, Error& error);
 
+// Keys of Float32, BFloat16 and Float16.
+size_t live_graph_workspace(const LiveGraphParams&);
+bool live_graph(const LiveGraphParams&, void* workspace, void* stream, Error& error);
+size_t live_select_workspace(const LiveSelectParams&);
+bool live_select(const LiveSelectParams&, void* workspace, void* stream, Error& error);
+
 }  // namespace cuda
 }  // namespace gtp

@@ -1,4 +1,4 @@
-// propagate and select_propagate: the kernel for a row length, the blocks, the shared memory.
+// propagate, its form for live edges and select_propagate: the kernel for a row length, the blocks, the shared memory.
 
 #include "cuda/propagate.cuh"
 
@@ -109,6 +109,10 @@ struct PropagateKernel {
   static constexpr auto function = propagate_kernel<T, kChunks>;
 };
 template <class T, int kChunks>
+struct MergeKernel {
+  static constexpr auto function = merge_kernel<T, kChunks>;
+};
+template <class T, int kChunks>
 struct SelectPropagateKernel {
   static constexpr auto function = select_propagate_kernel<T, kChunks>;
 };
@@ -117,11 +121,29 @@ struct SelectPropagateKernel {
 int most_chunks(const PropagateParams& p) {
   return p.out_dtype == DType::Float32 ? 12 : 16;
 }
-constexpr int kMostChunksSelected = 12;
+constexpr int kMostChunksOfFew = 12;
+
+// Fewer lengths than of propagate: each is as long to compile, and a shorter row leaves registers unused only.
+bool merge(const PropagateParams& p, void* stream, Error& error) {
+  StepParams params;
+  params.step = p;
+  Launch l{"live_merge", 0};
+  const bool registers = in_registers(p, kMostChunksOfFew);
+  if (!prepare(params, 0, registers, l, error)) return false;
+  switch (p.out_dtype) {
+    case DType::BFloat16:
+      return launch_rows<MergeKernel, BFloat16, 3, 6, 12>(registers, params, l, stream, error);
+    case DType::Float16:
+      return launch_rows<MergeKernel, Float16, 3, 6, 12>(registers, params, l, stream, error);
+    default:
+      return launch_rows<MergeKernel, float, 3, 6, 12>(registers, params, l, stream, error);
+  }
+}
 
 }  // namespace
 
 bool propagate(const PropagateParams& p, void* stream, Error& error) {
+  if (p.standard == Standard::Merge) return merge(p, stream, error);
   StepParams params;
   params.step = p;
   Launch l{"propagate", 0};
@@ -141,7 +163,7 @@ bool takes_select_propagate(const SelectPropagateParams& p, bool& takes, Error& 
   takes = false;
   Machine m;
   if (!machine(m, error)) return false;
-  const bool registers = in_registers(p.step, kMostChunksSelected);
+  const bool registers = in_registers(p.step, kMostChunksOfFew);
   // Blocks come with rows, and would not make the choice without any. A norm's sums have another order where the row is
   // in registers in one kernel only.
   if (p.step.rows_out() == 0 || p.importance.dtype != DType::Float32 ||
@@ -164,9 +186,8 @@ bool select_propagate(const SelectPropagateParams& p, void* stream, Error& error
   params.index_kept = p.index_kept;
   params.index_prop = p.index_prop;
   Launch l{"select_propagate", 0};
-  const bool registers = in_registers(p.step, kMostChunksSelected);
+  const bool registers = in_registers(p.step, kMostChunksOfFew);
   if (!prepare(params, p.step.tokens - p.step.prefix, registers, l, error)) return false;
-  // Fewer lengths than above: each is as long to compile, and a shorter row leaves registers unused only.
   switch (p.step.out_dtype) {
     case DType::BFloat16:
       return launch_rows<SelectPropagateKernel, BFloat16, 3, 6, 12>(registers, params, l, stream, error);

@@ -1,7 +1,8 @@
 // propagate, and residual + selection + propagate + norm, in one launch.
 //
 //   y = x, or x + layer_scale * branch.  x_out = the prefix rows of y, then y_i + alpha sum_j values_ij y_j for each
-//   kept i; rounded once, then normed = norm(x_out) reads the rounded values
+//   kept i, or with live edges share_i y_i + sum_j share_j y_j over the j that go to i; rounded once, then
+//   normed = norm(x_out) reads the rounded values
 //
 // One warp computes a row whole, with its values in registers; a block works on some rows of one image. Each block
 // makes a table in shared memory of the row of x that leaves for every original token, so that 32 edges are tested at a
@@ -47,6 +48,7 @@ struct SelectStepParams : StepParams {
 
 // The rows of x that stay and leave. A bad index becomes a valid one.
 struct GivenIndices {
+  static constexpr bool kMerge = false;
   const int64_t *index_kept, *index_prop;  // of the image
   int prefix, tokens;
 
@@ -62,7 +64,19 @@ struct GivenIndices {
   }
 };
 
+// The same for Merge, with the row of x_out that each of those that leave goes to, and the part that each has.
+struct MergedIndices : GivenIndices {
+  static constexpr bool kMerge = true;
+  const int64_t* target;  // of the image
+  const float* share;
+
+  GTP_DEVICE float share_of(int n) const {
+    return share[n - prefix];
+  }
+};
+
 struct SelectedIndices {
+  static constexpr bool kMerge = false;
   const int* order;  // shared memory: the image tokens that stay, then those that leave
   int count_kept, prefix;
 
@@ -162,11 +176,12 @@ struct Image {
   }
 };
 
-// The rows that are added to a row: what the edges begin .. end lead to, or for the mean the leavers begin .. end. Of
-// 32 edges each lane has one.
+// The rows that are added to a row: what the edges begin .. end lead to, for the mean the leavers begin .. end, or for
+// Merge those of them whose target is `place`. Of 32 edges each lane has one.
 struct Sources {
   int begin = 0, end = 0;
   bool mean = false;
+  int place = 0, own = 0;  // Merge: the row among those that are kept, and in x
   int column = -1;
   float value = 0;
 };
@@ -249,13 +264,21 @@ struct StepBlock {
   GTP_DEVICE void load_batch(Sources& sources, int e) const {
     sources.column = -1;
     if (sources.mean || e + lane_id() >= sources.end) return;
+    if constexpr (Indices::kMerge) {
+      if (indices.target[e + lane_id()] == sources.place) sources.column = e + lane_id();
+      return;
+    }
     sources.column = p.graph.indices[b * p.graph.capacity + e + lane_id()];
     sources.value = p.graph.values[b * p.graph.capacity + e + lane_id()];
   }
   // Without the first 32: load_batch(sources, sources.begin).
-  GTP_DEVICE Sources sources_of(int r, int token) const {
+  GTP_DEVICE Sources sources_of(int r, int n, int token) const {
     Sources sources;
-    if (is_mean(r)) {
+    if constexpr (Indices::kMerge) {
+      sources.end = r >= prefix ? static_cast<int>(p.prop) : 0;
+      sources.place = r - prefix;
+      sources.own = n;
+    } else if (is_mean(r)) {
       sources.mean = true;
       sources.begin = 1;
       sources.end = static_cast<int>(p.prop);
@@ -268,16 +291,20 @@ struct StepBlock {
     return sources;
   }
 
-  // add(n, factor) in order for every row n that is added, factor alpha * value or 1; how many they are. moved: this
-  // lane's part of the sum of what their token scales add.
-  template <class Add>
-  GTP_DEVICE int walk(Sources sources, double& moved, Add add) const {
+  // add(n, factor) in order for every row n that is added, factor alpha * value, 1 or the part that it has; how many
+  // they are. moved: this lane's part of the sum of what their token scales add. Merge: before the first of them
+  // weigh(factor), of the row itself.
+  template <class Add, class Weigh>
+  GTP_DEVICE int walk(Sources sources, double& moved, Add add, Weigh weigh) const {
     const float alpha = static_cast<float>(p.alpha);
     int count = 0;
     for (int e = sources.begin; e < sources.end; e += kLanes) {
       if (e > sources.begin) load_batch(sources, e);
       int n = -1;
-      if (sources.mean) {
+      if constexpr (Indices::kMerge) {
+        if (sources.column >= 0) n = indices.leaver(sources.column);
+        sources.value = n >= 0 ? indices.share_of(n) : 0;
+      } else if (sources.mean) {
         if (e + lane_id() < sources.end) n = indices.leaver(e + lane_id());
       } else {
         n = leaver_of(sources.column);
@@ -285,9 +312,14 @@ struct StepBlock {
       if (n >= 0 && p.token_scales.data) {
         moved += (sources.mean ? 1 : static_cast<double>(sources.value)) * load_scale(p.token_scales, b * p.tokens + n);
       }
-      const float factor = sources.mean ? 1.f : alpha * sources.value;
+      const float factor = Indices::kMerge ? sources.value : sources.mean ? 1.f : alpha * sources.value;
       unsigned hits = ballot(n >= 0);
+      if constexpr (Indices::kMerge) {
+        if (count == 0 && hits) weigh(indices.share_of(sources.own));
+      }
       count += count_bits(hits);
+      // A part of zero is none, whatever stands in the row.
+      if constexpr (Indices::kMerge) hits = ballot(factor != 0);
       for (; hits; hits &= hits - 1) {
         const int lane = lowest_bit(hits);
         add(shuffle(n, lane), shuffle(factor, lane));
@@ -389,6 +421,13 @@ struct RegisterRows {
       GTP_UNROLL
       for (int i = 0; i < 4; ++i) y[k][i] += factor * value[i];
     });
+  }
+  GTP_DEVICE void weigh(float factor) {
+    GTP_UNROLL
+    for (int k = 0; k < kChunks; ++k) {
+      GTP_UNROLL
+      for (int i = 0; i < 4; ++i) y[k][i] *= factor;
+    }
   }
 
   GTP_DEVICE void store(void* rows, int64_t row, int k, const float (&value)[4]) const {
@@ -522,7 +561,7 @@ struct RegisterRows {
     if (scaled) store(layer_scale, p.layer_scale, layout.layer_scale);
     if (has_norm) store(weight, p.norm_weight, layout.weight);
     if (has_norm) store(bias, p.norm_bias, layout.bias);
-    if (r < last) sources = block.sources_of(r, token);
+    if (r < last) sources = block.sources_of(r, n, token);
     sync_block();
     if (r < last) block.load_batch(sources, sources.begin);
     block.enter_leavers(leaver, leaver_token);
@@ -530,7 +569,8 @@ struct RegisterRows {
     while (r < last) {
       begin();
       double moved = 0;
-      const int count = block.walk(sources, moved, [&](int row, float factor) { add(row, factor); });
+      const int count = block.walk(
+          sources, moved, [&](int row, float factor) { add(row, factor); }, [&](float factor) { weigh(factor); });
       block.write_rest(r, n, token, count, moved);
       if (sources.mean) {
         GTP_UNROLL
@@ -549,7 +589,7 @@ struct RegisterRows {
       if (r >= last) break;
       n = block.source_of(r);
       load_row();
-      sources = block.sources_of(r, token);
+      sources = block.sources_of(r, n, token);
       block.load_batch(sources, sources.begin);
     }
   }
@@ -582,6 +622,10 @@ struct SlabRows {
     for (int i = 0; i < kValues; ++i) {
       if (channel(i) < channels) y[i] += factor * value_of(n, channel(i));
     }
+  }
+  GTP_DEVICE void weigh(float factor) {
+    GTP_UNROLL
+    for (int i = 0; i < kValues; ++i) y[i] *= factor;
   }
   GTP_DEVICE static void store(void* target, int64_t at, float value) {
     if constexpr (kIsFloat<T>) {
@@ -624,7 +668,7 @@ struct SlabRows {
       const int n = block.source_of(r);
       const int64_t row = block.b * p.rows_out() + r;
       const int token = block.graph && r >= block.prefix ? block.token_of(n) : 0;
-      Sources sources = block.sources_of(r, token);
+      Sources sources = block.sources_of(r, n, token);
       block.load_batch(sources, sources.begin);
       double moved = 0;
       int count = 0;
@@ -633,7 +677,8 @@ struct SlabRows {
         GTP_UNROLL
         for (int i = 0; i < kValues; ++i) y[i] = channel(i) < channels ? value_of(n, channel(i)) : 0;
         double part = 0;
-        count = block.walk(sources, part, [&](int j, float factor) { add(j, factor); });
+        count = block.walk(
+            sources, part, [&](int j, float factor) { add(j, factor); }, [&](float factor) { weigh(factor); });
         if (slab == 0) moved = part;
         const bool as_it_is = !kIsFloat<T> && !block.branch.data && count == 0 && !sources.mean;
         GTP_UNROLL
@@ -693,7 +738,22 @@ propagate_kernel(GTP_CONSTANT StepParams params) {
   run_step<T, kChunks>(params, shared, image, part * params.rows_per_block, indices);
 }
 
-// The same, every block of an image choosing the tokens anew; the first one writes them down.
+// Merge.
+template <class T, int kChunks>
+GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>()))
+merge_kernel(GTP_CONSTANT StepParams params) {
+  GTP_SHARED(shared);
+  const PropagateParams& p = params.step;
+  const int image = static_cast<int>(blockIdx.x) / params.blocks_per_image;
+  const int part = static_cast<int>(blockIdx.x) % params.blocks_per_image;
+  const MergedIndices indices{{p.index_kept + image * p.kept, p.index_prop + image * p.prop, static_cast<int>(p.prefix),
+                               static_cast<int>(p.tokens)},
+                              p.target + image * p.prop,
+                              p.share + image * (p.tokens - p.prefix)};
+  run_step<T, kChunks>(params, shared, image, part * params.rows_per_block, indices);
+}
+
+// propagate_kernel, every block of an image choosing the tokens anew; the first one writes them down.
 template <class T, int kChunks>
 GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>()))
 select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {

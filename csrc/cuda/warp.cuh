@@ -54,6 +54,13 @@ GTP_DEVICE unsigned ballot(bool vote) {
 GTP_DEVICE int atomic_add(int* target, int value) {
   return atomicAdd(target, value);
 }
+// The same for *target = value, and for the larger of the two.
+GTP_DEVICE int atomic_exchange(int* target, int value) {
+  return atomicExch(target, value);
+}
+GTP_DEVICE uint32_t atomic_max(uint32_t* target, uint32_t value) {
+  return atomicMax(target, value);
+}
 
 // A place in shared memory, in one register.
 using Address = uint32_t;

@@ -85,6 +85,8 @@ struct StepArguments {
   const int32_t* token;
   int64_t origins, capacity, standard, norm, out_dtype;
   double alpha, norm_eps;
+  const int64_t* target;
+  const float* share;
   void *x_out, *normed;
   int32_t* token_out;
   void* scales_out;
@@ -112,6 +114,8 @@ static PropagateParams step_params(const StepArguments& a) {
   p.out_dtype = static_cast<DType>(a.out_dtype);
   p.alpha = a.alpha;
   p.norm_eps = a.norm_eps;
+  p.target = a.target;
+  p.share = a.share;
   p.x_out = a.x_out;
   p.normed = a.normed;
   p.token_out = a.token_out;

@@ -336,6 +336,16 @@ inline int atomic_add(int* target, int value) {
   *target += value;
   return before;
 }
+inline int atomic_exchange(int* target, int value) {
+  const int before = *target;
+  *target = value;
+  return before;
+}
+inline uint32_t atomic_max(uint32_t* target, uint32_t value) {
+  const uint32_t before = *target;
+  *target = std::max(before, value);
+  return before;
+}
 
 inline void copy_async(void* target, const void* source, bool valid) {
   if (reinterpret_cast<uintptr_t>(target) % 16) emulated::fail("copy_async: the target is not aligned");
