@@ -53,6 +53,7 @@ SKIPS: dict[str, list[tuple[str, str]]] = {
         ),
         ("test_live.py::test_gradients[triton]", "minutes: 500 merges; test_gradients_of_a_model runs the backward"),
         ("test_live.py::test_gradients_of_a_model[triton-dinov2 registers]", _MODEL),
+        ("test_live.py::test_low_precision_weights[triton-dinov2 registers-*]", _MODEL),
         ("test_live.py::test_restored_grid_and_lineage[triton]", "its lineage is read off what the ops return"),
         *(
             (f"test_select_propagate.py::{test}", "10 s each; the launcher calls those of the three ops")
