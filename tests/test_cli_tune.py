@@ -132,6 +132,19 @@ def test_tuning_finds_what_is_better_and_repeats_itself(model: Any) -> None:
     assert first.loss <= min(losses.values()) + 1e-6
 
 
+def test_without_a_class_token_none_of_its_attention() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", num_classes=5, **KWARGS)
+    model = model.eval()
+    images = pixels(2)
+    target = budget(model)
+    assert not any("CLS" in name for name in tuning.constant(model, images, target))
+    result = tuning.tune(model, images, target, num_candidates=40, seconds=0, max_steps=0)
+    assert result.best.get("selection", "MixedAttnMax") == "MixedAttnMax"
+    search = tuning._Search(model, images, target, False, 2, random.Random(0))
+    pool = search.candidates(40)
+    assert {candidate.options.get("selection", "MixedAttnMax") for candidate in pool} == {"MixedAttnMax"}
+
+
 def test_without_time_there_is_still_a_result(model: Any) -> None:
     found = tuning.tune(model, pixels(2), budget(model), seconds=0)
     assert not found.finished

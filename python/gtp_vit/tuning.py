@@ -36,6 +36,7 @@ BASELINES: dict[str, Options] = {
     "no propagation": PRUNING,
     "LiveGraph, Spatial": LIVE | {"graph_type": "Spatial"},
     "LiveGraph, Mixed": LIVE,
+    "LiveGraph, Mixed, CLSAttnMean": LIVE | {"selection": "CLSAttnMean"},
 }
 # What a candidate may have; neighbours in these lists are what a small change goes to.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -44,11 +45,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gamma": (0.0, 0.1, 0.25, 0.5, 1.0),
     "graph_type": ("Spatial", "Mixed", "Semantic"),
     "num_neighbours": (2, 4, 8, 16),
+    "selection": ("MixedAttnMax", "CLSAttnMax", "CLSAttnMean"),
 }
 READ = {
-    "LiveGraph": ("sparsity", "gamma", "graph_type", "num_neighbours"),
-    "GraphProp": ("sparsity", "alpha", "graph_type", "num_neighbours"),
-    "None": ("sparsity",),
+    "LiveGraph": ("sparsity", "gamma", "graph_type", "num_neighbours", "selection"),
+    "GraphProp": ("sparsity", "alpha", "graph_type", "num_neighbours", "selection"),
+    "None": ("sparsity", "selection"),
 }
 FIRST_IMAGES = 4
 
@@ -332,13 +334,25 @@ def constant(model: nn.Module, images: Tensor, gmacs: float) -> dict[str, Option
     """
     work = work_of(model, (images.shape[-2], images.shape[-1]))
     depth, found = len(work.blocks), {}
+    selections = _selections(model)
     for name, options in BASELINES.items():
+        if options.get("selection", selections[0]) not in selections:
+            continue
         for num_prop in range(GTPConfig(**options).largest_num_prop(work.num_image_tokens, depth) + 1):
             fitted = _fitting(options, work.num_image_tokens)
             if _macs(work, fitted, (num_prop,) * depth) <= gmacs:
                 found[f"{name}, P = {num_prop}"] = {**fitted, "num_prop": num_prop}
                 break
     return found
+
+
+def _selections(model: nn.Module) -> tuple[str, ...]:
+    """Those of CHOICES that the model has: without a class token there is no attention of it."""
+    found = []
+    for name in CHOICES["selection"]:
+        with contextlib.suppress(ValueError), patched(model, {"num_prop": 0, "selection": name}):
+            found.append(name)
+    return tuple(found)
 
 
 def _fitting(options: Options, num_image_tokens: int) -> Options:
@@ -371,6 +385,7 @@ class _Search:
         n = self.work.num_image_tokens
         self.choices = dict(CHOICES)
         self.choices["num_neighbours"] = tuple(m for m in CHOICES["num_neighbours"] if m < n) or (0,)
+        self.choices["selection"] = _selections(model)
 
     def loss(self, candidate: Candidate, part: slice) -> Tensor:
         """[images of ``part``]."""
@@ -384,6 +399,9 @@ class _Search:
 
     def candidate(self, options: Options, weights: Sequence[float]) -> Candidate | None:
         """``None`` where the work cannot be reached, or an option does not fit."""
+        selections = self.choices["selection"]
+        if options.get("selection", selections[0]) not in selections:
+            return None
         try:
             num_prop = fit(self.work, options, weights, self.gmacs)
         except ValueError:
@@ -402,8 +420,8 @@ class _Search:
             # Says what is wrong with the target.
             fit(self.work, {**LIVE, "graph_type": "Spatial"}, (1.0,) * depth, self.gmacs)
         ramp = [1 + block / max(depth - 1, 1) for block in range(depth)]
-        for graph_type in ("Spatial", "Mixed"):
-            options = _fitting({**LIVE, "graph_type": graph_type}, n)
+        for live in (BASELINES[name] for name in BASELINES if name.startswith("LiveGraph")):
+            options = _fitting(live, n)
             # The importance of the first block says little.
             for weights in (ramp, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
                 if depth > 1 and (made := self.candidate(options, weights)) is not None:
@@ -443,6 +461,8 @@ class _Search:
         else:
             name = self.draw.choice(READ[options["propagation"]])
             choices = self.choices[name]
+            if name == "selection":
+                options.setdefault(name, choices[0])
             if name in options:
                 place = choices.index(options[name]) if options[name] in choices else 0
                 options[name] = choices[min(max(place + self.draw.choice((-1, 1)), 0), len(choices) - 1)]
