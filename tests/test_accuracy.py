@@ -17,7 +17,7 @@ pytest.importorskip("timm")
 pytest.importorskip("matplotlib")
 testing = pytest.importorskip("click.testing")
 
-from benchmarks import accuracy, digits  # noqa: E402
+from benchmarks import accuracy, digits
 
 STEP = 15
 PS = [0, 15, 30, 31]

@@ -22,7 +22,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("click.testing")
 pytest.importorskip("PIL.Image")
 
-from cli_images import KWARGS, MODEL, environment, ok, run, torchrun, write_classes, write_image  # noqa: E402
+from cli_images import KWARGS, MODEL, environment, ok, run, torchrun, write_classes, write_image
 
 PATCH = dict(num_prop=3, num_neighbours=4)
 CLASSES = {"ant": 5, "bee": 4, "cow": 4}

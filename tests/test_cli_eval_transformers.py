@@ -19,11 +19,11 @@ pytest.importorskip("torchvision")
 pytest.importorskip("click.testing")
 pytest.importorskip("PIL.Image")
 
-import test_patch_transformers  # noqa: E402
-from cli_images import ok, run, write_classes  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import test_patch_transformers
+from cli_images import ok, run, write_classes
+from safetensors.torch import load_file, save_file
 
-from gtp_vit.cli import hf  # noqa: E402
+from gtp_vit.cli import hf
 
 PATCH = dict(num_prop=2, num_neighbours=3)
 OPTIONS = ("--num-prop", 2, "--num-neighbours", 3, "--workers", 0)

@@ -21,7 +21,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("click.testing")
 Image = pytest.importorskip("PIL.Image")
 
-from cli_images import KWARGS, MODEL, environment, ok, run, torchrun, write_classes  # noqa: E402
+from cli_images import KWARGS, MODEL, environment, ok, run, torchrun, write_classes
 
 CLASSES = {"ant": 8, "bee": 8}
 SHORT = ("--epochs", 2, "--batch-size", 4, "--workers", 0, "--warmup-epochs", 0, "--lr", 0.1, "--repeats", 2)

@@ -19,7 +19,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("click.testing")
 pytest.importorskip("PIL.Image")
 
-from cli_images import ok, run, write_image  # noqa: E402
+from cli_images import ok, run, write_image
 
 KWARGS: dict[str, Any] = {"img_size": 48, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
 MODEL = (

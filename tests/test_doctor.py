@@ -14,8 +14,8 @@ import torch
 testing = pytest.importorskip("click.testing")
 pytest.importorskip("timm")
 
-from gtp_kernels import native  # noqa: E402
-from gtp_vit.cli import app, doctor  # noqa: E402
+from gtp_kernels import native
+from gtp_vit.cli import app, doctor
 
 TINY = ("vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "3", "--threads", "1")
 SMALL = ("--model-kwargs", '{"depth": 2, "embed_dim": 32, "num_heads": 2}')

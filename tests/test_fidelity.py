@@ -19,9 +19,9 @@ pytest.importorskip("click.testing")
 pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
 
-from cli_images import KWARGS, write_image  # noqa: E402
+from cli_images import KWARGS, write_image
 
-from benchmarks import fidelity, fidelity_tuned, tome  # noqa: E402
+from benchmarks import fidelity, fidelity_tuned, tome
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from gtp_vit import graphs
 
 timm = pytest.importorskip("timm")
 
-from test_patch_timm import OPTIONS, build, images  # noqa: E402
+from test_patch_timm import OPTIONS, build, images
 
 
 @pytest.fixture(autouse=True)

@@ -394,7 +394,7 @@ class GTPSiglipVisionModel(GTPTower, siglip.SiglipVisionModel):
         return BaseModelOutputWithPooling(tokens.shown(x), pooled, tokens.hidden_states)
 
 
-_TOWERS: dict[type[nn.Module], type[nn.Module]] = {
+_TOWERS: dict[type[nn.Module], type[GTPTower]] = {
     vit.ViTModel: GTPViTModel,
     deit.DeiTModel: GTPDeiTModel,
     dinov2.Dinov2Model: GTPDinov2Model,
@@ -402,13 +402,13 @@ _TOWERS: dict[type[nn.Module], type[nn.Module]] = {
     clip.CLIPVisionModel: GTPCLIPVisionModel,
     siglip.SiglipVisionModel: GTPSiglipVisionModel,
 }
-_ENCODERS: dict[type[nn.Module], type[nn.Module]] = {
+_ENCODERS: dict[type[nn.Module], type[GTPEncoder]] = {
     dinov2.Dinov2Encoder: GTPDinov2Encoder,
     registers.Dinov2WithRegistersEncoder: GTPDinov2WithRegistersEncoder,
     clip.CLIPEncoder: GTPCLIPEncoder,
     siglip.SiglipEncoder: GTPSiglipEncoder,
 }
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+_LAYERS: dict[type[nn.Module], type[GTPLayer]] = {
     vit.ViTLayer: GTPViTLayer,
     deit.DeiTLayer: GTPDeiTLayer,
     dinov2.Dinov2Layer: GTPDinov2Layer,
@@ -416,7 +416,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     clip.CLIPEncoderLayer: GTPCLIPEncoderLayer,
     siglip.SiglipEncoderLayer: GTPSiglipEncoderLayer,
 }
-_ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
+_ATTENTIONS: dict[type[nn.Module], type[GTPAttention]] = {
     vit.ViTAttention: GTPViTAttention,
     deit.DeiTAttention: GTPDeiTAttention,
     dinov2.Dinov2Attention: GTPDinov2Attention,
@@ -424,7 +424,7 @@ _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     clip.CLIPAttention: GTPCLIPAttention,
     siglip.SiglipAttention: GTPSiglipAttention,
 }
-_PATCHED = _TOWERS | _ENCODERS | _LAYERS | _ATTENTIONS
+_PATCHED: dict[type[nn.Module], Any] = {**_TOWERS, **_ENCODERS, **_LAYERS, **_ATTENTIONS}
 _ORIGINAL = {patched: original for original, patched in _PATCHED.items()}
 # Models of one tower and a linear head on its class token or on the mean of its tokens.
 HEADED = (
@@ -466,7 +466,7 @@ _LAYER_SCALES = (dinov2.Dinov2LayerScale, registers.Dinov2WithRegistersLayerScal
 def patch(model: Any, config: GTPConfig) -> Any:
     """Patches the tower of a model of transformers in place; :func:`gtp_vit.patch` says what is raised."""
     tower = _find_tower(model, config)
-    layers = tower.get_submodule(_TOWERS[type(tower)].gtp_layers)  # type: ignore[attr-defined]  # a GTPTower
+    layers = tower.get_submodule(_TOWERS[type(tower)].gtp_layers)
     for module in (model, tower):
         if not isinstance(getattr(module, "gtp", config), GTPConfig):
             raise ValueError(
@@ -508,7 +508,7 @@ def work(model: Any, size: int | tuple[int, int] | None = None) -> ModelWork:
             f"model must be a vision tower of transformers, alone or with a classifier or projection; got "
             f"{type(model).__name__}: give its tower, model.{path}"
         )
-    kind: Any = _kind(tower)
+    kind = _kind(tower)
     layers = tower.get_submodule(kind.gtp_layers)
     if type(tower) in _TOWERS:
         _check_tower(tower, layers)
@@ -567,20 +567,20 @@ def _one_tower(model: Any) -> tuple[str, Any]:
     return found
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
+def _kind(module: nn.Module) -> Any:
     """The class of a module once it is patched."""
     return _PATCHED.get(type(module), type(module))
 
 
 def _parts(tower: Any, layers: Any) -> list[nn.Module]:
     """The modules that change class, each once."""
-    encoder = [] if _TOWERS[type(tower)].gtp_layers == "layers" else [tower.encoder]  # type: ignore[attr-defined]
+    encoder = [] if _TOWERS[type(tower)].gtp_layers == "layers" else [tower.encoder]
     attentions = [_attention_of(layer) for layer in layers]
     return list(dict.fromkeys([tower, *encoder, *layers, *attentions]))
 
 
 def _attention_of(layer: Any) -> Any:
-    return getattr(layer, _kind(layer).gtp_names.attention)  # type: ignore[attr-defined]  # a GTPLayer
+    return getattr(layer, _kind(layer).gtp_names.attention)
 
 
 def _check_tower(tower: Any, layers: Any) -> None:
@@ -595,7 +595,7 @@ def _check_tower(tower: Any, layers: Any) -> None:
             raise TypeError(
                 f"layer {index} of {name} has {type(attention).__name__}; supported attentions are {supported}"
             )
-        rate = getattr(attention, _ATTENTIONS[type(attention)].gtp_names[2])  # type: ignore[attr-defined]
+        rate = getattr(attention, _ATTENTIONS[type(attention)].gtp_names[2])
         if rate > 0:
             raise ValueError(_attention_dropout(index, rate))
     for module in _parts(tower, layers):
@@ -609,7 +609,7 @@ def _check_tower(tower: Any, layers: Any) -> None:
 
 
 def _check_options(tower: Any, config: GTPConfig, depth: int) -> None:
-    patched: Any = _TOWERS[type(tower)]
+    patched = _TOWERS[type(tower)]
     rows, columns = _grid(tower.get_submodule(patched.gtp_conv), *_nominal_size(tower))
     config.check_fit(rows * columns, depth)
     if config.selection.startswith("CLSAttn") and patched.gtp_prefix == 0:
@@ -628,7 +628,7 @@ def _attention_dropout(layer: int, rate: float) -> str:
 
 def _num_prefix(tower: Any) -> int:
     registers = getattr(tower.embeddings, "register_tokens", None)
-    prefix: int = _kind(tower).gtp_prefix  # type: ignore[attr-defined]  # a GTPTower
+    prefix: int = _kind(tower).gtp_prefix
     return prefix if registers is None else prefix + int(registers.shape[1])
 
 

@@ -1,18 +1,10 @@
-// csrc/cuda/live.cu on the emulated GPU, for ctypes: integers and pointers in, the text of the error out, or null.
+// csrc/cuda/live.cu on the emulated GPU, for ctypes.
 
 #include "cuda/live.cu"
 
-namespace {
+#include "shim.h"
 
 using namespace gtp;
-
-Error error;
-
-const char* text(bool ok) {
-  return ok ? nullptr : error.text;
-}
-
-}  // namespace
 
 extern "C" {
 

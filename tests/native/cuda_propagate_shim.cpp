@@ -1,37 +1,11 @@
 // The emulated CUDA kernels of the selection and the step as C functions, for tests/test_cuda_propagate.py.
-// Enumerations come as their numbers in params.h, an array as its address and a Rows as (address, type, stride_b,
-// stride_n); 0 where there is none. Each returns the text of an error, or null.
 
 #include "cuda/propagate.cu"
 #include "cuda/select.cu"
 
-namespace {
+#include "shim.h"
 
 using namespace gtp;
-
-struct RowsArgument {
-  const void* data;
-  int64_t dtype, stride_b, stride_n;
-};
-struct VectorArgument {
-  const void* data;
-  int64_t dtype;
-};
-
-Rows rows(const RowsArgument& r) {
-  return {r.data, static_cast<DType>(r.dtype), r.stride_b, r.stride_n};
-}
-Vector vector(const VectorArgument& v) {
-  return {v.data, static_cast<DType>(v.dtype)};
-}
-
-Error error;
-
-const char* text(bool ok) {
-  return ok ? nullptr : error.text;
-}
-
-}  // namespace
 
 extern "C" {
 
