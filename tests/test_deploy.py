@@ -21,10 +21,11 @@ import gtp_kernels
 import gtp_vit
 from gtp_kernels import backends, native
 from gtp_vit import export as exporting
+from gtp_vit import linear
 
 timm = pytest.importorskip("timm")
 
-from test_patch_timm import OPTIONS, assert_same, build, images  # noqa: E402
+from test_patch_timm import OPTIONS, assert_same, build, images
 
 PROPAGATIONS = ["GraphProp", "LiveGraph"]
 
@@ -49,6 +50,13 @@ def _fresh_compiler() -> Iterator[None]:
 # torch.compile
 
 
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers in the operators of gtp_vit.linear, as in a model that is large enough for them."""
+    monkeypatch.setattr(linear, "_WORTH", 0)
+
+
+@pytest.mark.usefixtures("products")
 def test_one_compilation_for_batches_of_one_shape(model: Any) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -63,6 +71,7 @@ def test_one_compilation_for_batches_of_one_shape(model: Any) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("products")
 def test_one_compilation_for_batches_of_any_size(model: Any) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -74,6 +83,7 @@ def test_one_compilation_for_batches_of_any_size(model: Any) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("products")
 def test_one_compilation_in_inference_mode(model: Any) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -85,6 +95,7 @@ def test_one_compilation_in_inference_mode(model: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("cpp_wrapper", [False, True], ids=["Python wrapper", "C++ wrapper"])
 @pytest.mark.parametrize(
     ("propagation", "mode"),

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch._inductor.config
 from timm.layers.mlp import GluMlp, Mlp
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +21,8 @@ from gtp_vit import linear as module
 pytestmark = pytest.mark.no_op_runs
 # One product of at most 96 terms in another order, then one rounding.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+# All that torch can test of an operator that has no gradient.
+TESTED = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def mlp(dtype: torch.dtype = torch.float32, cls: type[nn.Module] = Mlp, **options: Any) -> Any:
@@ -134,8 +138,8 @@ def test_other_inputs(x: Tensor) -> None:
     assert not fused(lambda: module.feed_forward(m, x))
 
 
-def test_compiled_code_keeps_the_modules() -> None:
-    m, x = mlp(), tokens()
+def targets(call: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> tuple[list[str], Tensor]:
+    """What the graph of a compiled function calls, and what the function gives."""
     seen: list[str] = []
 
     def backend(graph: Any, _: object) -> Any:
@@ -143,10 +147,80 @@ def test_compiled_code_keeps_the_modules() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    result = torch.compile(lambda x: module.feed_forward(m, x), backend=backend, fullgraph=True)(x)
+    result = torch.compile(call, backend=backend, fullgraph=True, **options)(x)
     assert seen
-    assert not any("_linear_pointwise" in name for name in seen)
-    close(result, m(x))
+    return seen, result
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_compiled_code_calls_operators_of_its_own(dtype: torch.dtype, with_residual: bool) -> None:
+    m, x = mlp(dtype), tokens(dtype)
+    residual = tokens(dtype).flip(1) if with_residual else None
+    seen, result = targets(lambda x: module.feed_forward(m, x, residual), x)
+    assert [name for name in seen if "gtp_vit" in name] == [
+        "gtp_vit.linear",
+        "gtp_vit.linear_add" if with_residual else "gtp_vit.linear",
+    ]
+    assert not any("gelu" in name or "_linear_pointwise" in name for name in seen)
+    close(result, module.feed_forward(m, x, residual))
+    compiled = torch.compile(lambda x: module.feed_forward(m, x, residual), fullgraph=True)
+    close(compiled(x), result)
+    assert fused(lambda: compiled(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_operators_of_compiled_code(bias: bool) -> None:
+    layer, x = nn.Linear(24, 40, bias=bias), tokens()
+    torch.library.opcheck(
+        torch.ops.gtp_vit.linear, (x, layer.weight.detach(), layer.bias, "gelu", "tanh"), test_utils=TESTED
+    )
+    arguments = (x, torch.randn(2, 7, 40), layer.weight.detach(), layer.bias)
+    torch.library.opcheck(torch.ops.gtp_vit.linear_add, arguments, test_utils=TESTED)
+
+
+def test_one_compilation_for_any_batch() -> None:
+    """How much work there is is asked of one image: of the batch, the answer would be another one for each size."""
+    m = mlp()
+    compilations = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: module.feed_forward(m, x), backend=compilations, fullgraph=True, dynamic=True)
+    for batch in (2, 5, 64):
+        x = tokens(torch.float32, batch, 7, 24)
+        close(compiled(x), m(x))
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.enable_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.backends.mkldnn.flags(enabled=False),
+        lambda: torch._inductor.config.patch(freezing=True),
+    ],
+    ids=["gradients", "autocast", "oneDNN off", "weights that the compiler packs"],
+)
+def test_compiled_code_keeps_the_modules(context: Callable[[], AbstractContextManager[Any]]) -> None:
+    m = mlp()
+    with context():
+        seen, _ = targets(lambda x: module.feed_forward(m, x), tokens())
+    assert not any("gtp_vit" in name for name in seen)
+    assert any("gelu" in name for name in seen)
+
+
+def test_exported_code_keeps_the_modules() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return module.feed_forward(self.mlp, x, x)
+
+    holder, x = Holder(), tokens()
+    program = torch.export.export(holder, (x,))
+    assert not any("gtp_vit" in str(node.target) for node in program.graph.nodes)
+    close(program.module()(x), holder(x))
 
 
 def test_small_products_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

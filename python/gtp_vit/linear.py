@@ -1,13 +1,15 @@
 """Linear layers of a patched block at inference on a CPU: bias, GELU and residual in the epilogue of the product.
 
 ``nn.Linear`` writes the bias into its output, adds the product to it, and leaves the activation and the residual to
-passes of their own. torch's oneDNN operators (the ones that its compiler emits) do all of it in one. Where they do not
-apply (gradients, tracing, autocast, hooks, other types of module) the module is called as ever.
+passes of their own. torch's oneDNN operators do all of it in one. Its compiler emits and takes them for frozen weights
+only: in a compiled model they stand behind operators of ours, ``gtp_vit::linear`` and ``gtp_vit::linear_add``. Where they
+do not apply (gradients, export, tracing, autocast, hooks, other types of module) the module is called as ever.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from gtp_kernels import backends
 
 # FLOPs of a product from which on it is worth the dispatch of these operators, which costs more than nn.Linear's.
 _WORTH = 30_000_000
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Feed-forwards of two linear layers, fc1 and fc2, by name: neither library is imported for the other's sake.
 _TIMM = "timm.layers.mlp.Mlp"
 _TRANSFORMERS = frozenset(
@@ -32,6 +35,34 @@ _TRANSFORMERS = frozenset(
         ("vit", "ViT"),
     )
 )
+
+_LIBRARY = torch.library.Library("gtp_vit", "DEF")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str activation, str algorithm) -> Tensor")
+_LIBRARY.define("linear_add(Tensor x, Tensor residual, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return out
+
+
+def _linear_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return out
+
+
+for _name_of, _operator in (("linear", _linear), ("linear_add", _linear_add)):
+    _LIBRARY.impl(_name_of, _operator, "CPU")
+
+
+@torch.library.register_fake("gtp_vit::linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("gtp_vit::linear_add", lib=_LIBRARY)
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(residual)
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
@@ -58,7 +89,8 @@ def feed_forward(mlp: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return out if residual is None else residual + out
     hidden = _product(x, mlp.fc1, "gelu", gelu)
     if residual is not None and residual.dtype == x.dtype and residual.is_contiguous():
-        out = torch.ops.mkldnn._linear_pointwise.binary(hidden, residual, mlp.fc2.weight, mlp.fc2.bias, "add")
+        add = torch.ops.gtp_vit.linear_add if torch.compiler.is_compiling() else _linear_add
+        out = add(hidden, residual, mlp.fc2.weight, mlp.fc2.bias)
         return out
     out = _product(hidden, mlp.fc2)
     return out if residual is None else residual + out
@@ -76,7 +108,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _product(x: Tensor, layer: nn.Linear, activation: str = "none", algorithm: str = "") -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], algorithm)
+    product = torch.ops.gtp_vit.linear if torch.compiler.is_compiling() else _linear
+    out: Tensor = product(x, layer.weight, layer.bias, activation, algorithm)
     return out
 
 
@@ -100,27 +133,48 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         and weight.dtype == x.dtype
         and weight.is_contiguous()
         and (bias is None or bias.dtype == x.dtype)
-        and 2 * (x.numel() // x.shape[-1]) * weight.numel() >= _WORTH
+        and 2 * _rows(x) * weight.numel() >= _WORTH
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
 
 
+def _rows(x: Tensor) -> int:
+    """Rows of the product; in a compiled model those of one image, so that nothing is asked of the batch."""
+    return x.shape[-2] if torch.compiler.is_compiling() else x.numel() // x.shape[-1]
+
+
 def _is_inference() -> bool:
     """Whether nobody looks on who expects to see a linear layer, and the operators are there."""
+    if torch.compiler.is_compiling():
+        seen = _exports() or _freezes()
+    else:
+        seen = torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined]  # not in its __all__
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in its __all__
+        not seen
         and not torch.is_autocast_enabled("cpu")
-        and not is_in_torch_dispatch_mode()
         and backends.forced() in (None, "cpu")
-        and torch._C._get_mkldnn_enabled()
-        and _has_operators()
+        and _is_enabled()
+        and _AVAILABLE
     )
 
 
-@functools.cache
-def _has_operators() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _is_enabled() -> bool:
+    return torch._C._get_mkldnn_enabled()
+
+
+def _exports() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def _freezes() -> bool:
+    """Whether torch's compiler packs the weights itself, which it does for linear layers."""
+    config = sys.modules.get("torch._inductor.config")
+    return config is not None and bool(config.freezing)
+
+
+# torch.compile calls these when it compiles, instead of tracing them (where is_exporting() would always be true).
+for _constant in (_is_enabled, _exports, _freezes):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
 
 
 def _gelu_of(mlp: Any) -> Callable[[Any], str | None] | None:
