@@ -9,6 +9,7 @@ photographs that come inside scikit-image and scikit-learn, cut at places that a
 python -m benchmarks.fidelity                       methods, variants, table, plot and lines
 python -m benchmarks.fidelity --images FOLDER --model vit_base_patch16_224 --weights FILE --json FILE
 python -m benchmarks.fidelity --speed               adds images per second to what is there; nothing else may run
+python -m benchmarks.fidelity --others FOLDER       the same on 128 crops of what benchmarks.photographs fetched
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ from gtp_vit.tuning import Options, Outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "benchmarks" / "results" / "dinov2-s" / "fidelity.json"
+OTHERS = PATH.with_name("photographs.json")
 PAGE = ROOT / "docs" / "fidelity.md"
 NUM_PROPS = (14, 8, 16, 11, 4)
 LINES_AT = {4: -0.0002, 8: 0.0, 11: 0.0, 14: 0.0, 16: 0.0}
 VARIANTS_AT = (14, 8)  # all of them at the first, budgets at every one
-NUM_CROPS = 64
+NUM_CROPS, NUM_CROPS_OF_OTHERS = 64, 128
 NEIGHBOURS = 5
 TOME = "ToMe"
 NOT_MEASURED = "not measured"
@@ -129,18 +131,21 @@ def crops(
     return (pixels - torch.tensor(tuple(mean)).view(channels)) / torch.tensor(tuple(std)).view(channels)
 
 
-def read_images(model: nn.Module, folder: Path | None, count: int) -> Images:
-    """``count`` crops of the bundled photographs, or of the images of a folder all, whole around the centre."""
+def read_images(model: nn.Module, folder: Path | None, count: int | None) -> Images:
+    """``count`` crops of the bundled photographs or of a folder's images; None: 64, or all of the folder, whole."""
     config = common.data_config(model)
     size = config["input_size"][-2:]
     if folder is None:
-        files = photos.bundled_files()
+        files, count = photos.bundled_files(), count or NUM_CROPS
         names = ", ".join(file.name for file in files)
         pixels = crops(files, count, size, config["mean"], config["std"])
         return Images(pixels, f"{count} crops, 0.4 to 1 of what fits, seed 0, of {names}")
     from gtp_vit.cli.data import unlabelled
 
     files = [folder / file for file in unlabelled(folder).files]
+    if count is not None:
+        pixels = crops(files, count, size, config["mean"], config["std"])
+        return Images(pixels, f"{count} crops, 0.4 to 1 of what fits, seed 0, of the {len(files)} images of a folder")
     _, pixels = photos.read_photographs(files, size, mean=config["mean"], std=config["std"])
     return Images(pixels, f"the {len(files)} images of a folder, cut to the shape around the centre")
 
@@ -311,16 +316,39 @@ def per_block(model: Any, image: Tensor, options: Options, num_prop: int) -> lis
     return [{name: round(value, 5) for name, value in row.items()} for row in found]
 
 
+def _head(report: dict[str, Any]) -> str:
+    shown = report["images"]
+    commits = sorted({str(row.get("commit") or row.get("source")) for row in report["rows"]})
+    source = f"commit {', '.join(commits)}; torch {report['torch']}"
+    what = f"{shown['count']} images of {shown['size'][0]} × {shown['size'][1]}: {shown['what']}"
+    return f"{report['model']} ({report['weights']} weights), {what}. {source}."
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Two tables and the lines, of other photographs than those on which options were chosen."""
+    methods = [row for row in report["rows"] if row["part"] == "methods"]
+    out = [
+        _head(report),
+        "",
+        "Mean cosine of the class token:",
+        "",
+        *_by_num_prop(methods, lambda row: f"{row['pooled']['mean']:.4f}"),
+        "",
+        "Mean cosine of the patch features:",
+        "",
+        *_by_num_prop(methods, lambda row: f"{row['patches']['mean']:.4f}"),
+        "",
+        *(f"- {text}" for text in line_texts(report["rows"])),
+    ]
+    return "\n".join(out)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The tables of docs/fidelity.md."""
     rows = report["rows"]
     methods = [row for row in rows if row["part"] == "methods"]
-    shown = report["images"]
-    commits = sorted({str(row.get("commit") or row.get("source")) for row in rows})
-    source = f"commit {', '.join(commits)}; torch {report['torch']}"
-    what = f"{shown['count']} images of {shown['size'][0]} × {shown['size'][1]}: {shown['what']}"
     out = [
-        f"{report['model']} ({report['weights']} weights), {what}. {source}.",
+        _head(report),
         "",
         "Mean cosine of the pooled feature (here the class token) to the unpatched model:",
         "",
@@ -343,7 +371,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_by_num_prop(methods, lambda row: f"{row['gmacs']:.3f}"),
         "",
-        "Images per second:",
+        "Images per second, and how many times those of the unpatched model, in turns with it:",
         "",
         *_by_num_prop(methods, _speed),
         "",
@@ -359,7 +387,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> str:
-    return f"{row['images_per_second']:.1f}" if row.get("images_per_second") else NOT_MEASURED
+    if not row.get("images_per_second"):
+        return NOT_MEASURED
+    return f"{row['images_per_second']:.1f} (× {row['times_unpatched']:.2f})"
 
 
 def _top1(methods: list[dict[str, Any]]) -> list[str]:
@@ -498,7 +528,12 @@ def _call(module: Callable[[Tensor], object], images: Tensor) -> Callable[[], ob
 @click.option("--weights", "source", metavar="demo|hub|random|FILE", help="As in gtp-vit demo.")
 @click.option("--img-size", type=click.IntRange(min=1), help="Side of the images.")
 @click.option("--images", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder.")
-@click.option("--crops", "count", type=click.IntRange(min=1), default=NUM_CROPS, show_default=True)
+@click.option(
+    "--others",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What benchmarks.photographs fetched.",
+)
+@click.option("--crops", "count", type=click.IntRange(min=1), help="[default: 64; the images of a folder: whole]")
 @click.option("--num-prop", "num_props", type=click.IntRange(min=1), multiple=True, help="P; may be repeated.")
 @click.option("--variants/--no-variants", default=True, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
@@ -515,7 +550,8 @@ def main(
     source: str | None,
     img_size: int | None,
     folder: Path | None,
-    count: int,
+    others: Path | None,
+    count: int | None,
     num_props: tuple[int, ...],
     variants: bool,
     batch_size: int,
@@ -531,6 +567,9 @@ def main(
     """Measures what is not there, writes the file and prints the lines."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if others is not None:
+        folder, count, variants = others, count or NUM_CROPS_OF_OTHERS, False
+        output = output or OTHERS
     if output is None and (folder is not None or name != weights.DEMO_MODEL or source not in (None, "demo")):
         raise click.UsageError("--json: say where the numbers go; the default file is that of the default model")
     path = PATH if output is None else output
@@ -593,8 +632,9 @@ def main(
                 path, bar,
             )  # fmt: skip
     save(draw(report), path.with_suffix(".svg"))
-    if page or (page is None and path == PATH):
-        PAGE.write_text(put(PAGE.read_text(), "fidelity", markdown(report)))
+    if page or (page is None and path in (PATH, OTHERS)):
+        text = markdown(report) if others is None else summary(report)
+        PAGE.write_text(put(PAGE.read_text(), "fidelity" if others is None else "others", text))
     for text in _by_num_prop(
         [row for row in report["rows"] if row["part"] == "methods"], lambda row: f"{row['pooled']['mean']:.5f}"
     ):

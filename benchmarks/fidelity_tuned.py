@@ -1,7 +1,8 @@
 """``python -m benchmarks.fidelity_tuned``: DINOv2 ViT-S/14, tuned at the GMACs of LiveGraph with a constant P.
 
-The search sees crops of half of the photographs that come inside scikit-image and scikit-learn. The result is judged on
-the other half, whole, and on crops of them; beside it a constant P, GTP as published and ToMe. What was found is in
+The search sees crops of the photographs that come inside scikit-image and scikit-learn. The result is judged on others,
+which benchmarks.photographs fetches, whole and in crops (without ``--others FOLDER``: the search sees half of the
+photographs, and the other half judges); beside it a constant P, GTP as published and ToMe. What was found is in
 ``benchmarks/results/dinov2-s/tuned.json``, for ``gtp_vit.patch(model, **json.load(file)["patch"])``. ``--patches``
 counts the features of the patches too, and writes ``tuned-patches.json``. ``--page`` writes the tables of
 docs/fidelity.md.
@@ -26,18 +27,29 @@ from benchmarks.lines import Line
 from benchmarks.measure import provenance
 from gtp_vit import photos, tuning, weights
 from gtp_vit.cli import common, demo
+from gtp_vit.cli.data import unlabelled
 
 FOLDER = fidelity.PATH.parent
 SEARCHED = ("chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-COMPARED = ("GTP as published, θ = 0.6", "no propagation", fidelity.TOME, "LiveGraph Spatial", "LiveGraph Mixed")
+COMPARED = (
+    "GTP as published, θ = 0.6", "no propagation", fidelity.TOME,
+    "LiveGraph Spatial", "LiveGraph Mixed", "LiveGraph Mixed, CLSAttnMean",
+)  # fmt: skip
 TUNED = "tuned"
 
 
-def judged_images(model: nn.Module, num_crops: int) -> dict[str, Images]:
+def files(others: Path | None) -> tuple[list[Path], list[Path]]:
+    """The photographs that the search sees, and those that judge."""
+    bundled = photos.bundled_files()
+    if others is not None:
+        return bundled, [others / file for file in unlabelled(others).files]
+    return [file for file in bundled if file.name in SEARCHED], [file for file in bundled if file.name not in SEARCHED]
+
+
+def judged_images(model: nn.Module, unseen: list[Path], num_crops: int) -> dict[str, Images]:
     """What the search does not see: photographs, whole, and crops of them."""
     config = common.data_config(model)
     size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
-    unseen = [file for file in photos.bundled_files() if file.name not in SEARCHED]
     _, whole = photos.read_photographs(unseen, size, mean=mean, std=std)
     crops = fidelity.crops(unseen, num_crops, size, mean, std, seed=1)
     return {
@@ -47,16 +59,15 @@ def judged_images(model: nn.Module, num_crops: int) -> dict[str, Images]:
     }
 
 
-def searched_images(model: nn.Module, num_crops: int) -> Images:
+def searched_images(model: nn.Module, seen: list[Path], num_crops: int) -> Images:
     """What the search sees."""
     config = common.data_config(model)
-    files = [file for file in photos.bundled_files() if file.name in SEARCHED]
-    pixels = fidelity.crops(files, num_crops, config["input_size"][-2:], config["mean"], config["std"])
-    return Images(pixels, f"{num_crops} crops, seed 0, of {_names(files)}")
+    pixels = fidelity.crops(seen, num_crops, config["input_size"][-2:], config["mean"], config["std"])
+    return Images(pixels, f"{num_crops} crops, seed 0, of {_names(seen)}")
 
 
-def _names(files: list[Path]) -> str:
-    return ", ".join(file.name for file in files)
+def _names(chosen: list[Path]) -> str:
+    return ", ".join(file.name for file in chosen)
 
 
 def target(model: nn.Module, size: tuple[int, int], num_prop: int) -> float:
@@ -124,6 +135,11 @@ def texts(judged: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--num-prop", type=click.IntRange(min=1), default=14, show_default=True)
+@click.option(
+    "--others",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What benchmarks.photographs fetched.",
+)
 @click.option("--crops", "count", type=click.IntRange(min=1), default=48, show_default=True, help="For the search.")
 @click.option("--judge-crops", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--patches", is_flag=True, help="The features of the patches count too.")
@@ -134,6 +150,7 @@ def texts(judged: dict[str, list[dict[str, Any]]]) -> list[str]:
 @click.option("--page", is_flag=True, help="Only write the tables of docs/fidelity.md, from what is there.")
 def main(
     num_prop: int,
+    others: Path | None,
     count: int,
     judge_crops: int,
     patches: bool,
@@ -153,7 +170,8 @@ def main(
     with common.plain_errors():
         model, origin = demo.load_model(weights.DEMO_MODEL)
         model = model.eval()
-        searched, judged = searched_images(model, count), judged_images(model, judge_crops)
+        seen, unseen = files(others)
+        searched, judged = searched_images(model, seen, count), judged_images(model, unseen, judge_crops)
     gmacs = target(model, (searched.pixels.shape[-2], searched.pixels.shape[-1]), num_prop)
     report: dict[str, Any] = {**provenance(), "model": weights.DEMO_MODEL, "weights": origin}
     with Progress(console=console, transient=True) as bar:

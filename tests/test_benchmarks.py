@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from benchmarks import (
     measure,
     models,
     overhead,
+    peak,
     readme,
     registry,
     runner,
@@ -753,3 +757,21 @@ def test_the_tuner_reaches_every_choice_and_goes_on(configs: Any, tmp_path: Path
     assert again["output"].count("\n") == 1
     assert again["jobs"][key]["tried"] == [{"tile": crashed, "why": "the process ended while it ran"}]
     assert {path: path.read_bytes() for path in configs.FOLDER.glob("*.json")} == before
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the loop is of x86-64 instructions")
+def test_peak_counts_what_it_runs(tmp_path: Path) -> None:
+    library = peak.compiled(tmp_path)
+    out = (ctypes.c_float * 64)()
+    library.run(ctypes.c_long(3), out)
+    # Three multiply-adds from 5: x · 1.0001 + 1e-6.
+    assert out[5] == pytest.approx(((5 * 1.0001 + 1e-6) * 1.0001 + 1e-6) * 1.0001 + 1e-6, rel=1e-6)
+    assert library.width() in (12 * 8, 12 * 16)
+    path = tmp_path / "peak.json"
+    done = testing.CliRunner().invoke(
+        peak.main, ["--threads", "1", "--rounds", "3", "--count", "100000", "--json", str(path)]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(path.read_text())
+    assert 0 < report["gflops"]["median"] <= report["gflops"]["best"]

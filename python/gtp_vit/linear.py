@@ -2,8 +2,8 @@
 
 ``nn.Linear`` writes the bias into its output, adds the product to it, and leaves the activation and the residual to
 passes of their own. torch's oneDNN operators do all of it in one. Its compiler emits and takes them for frozen weights
-only: in a compiled model they stand behind operators of ours, ``gtp_vit::linear`` and ``gtp_vit::linear_add``. Where they
-do not apply (gradients, export, tracing, autocast, hooks, other types of module) the module is called as ever.
+only: in a compiled model they stand behind operators of ours, ``gtp_vit::linear`` and ``gtp_vit::linear_add``. Where
+they do not apply (gradients, export, tracing, autocast, hooks, other types of module) the module is called as ever.
 """
 
 from __future__ import annotations

@@ -91,16 +91,17 @@ class Agreement(NamedTuple):
         return 1 - torch.stack(parts).mean(0)
 
 
-def geometric_mean(loss: Tensor) -> float:
-    """Of losses [n], below one in a million counted as that.
+def mean_angle(loss: Tensor) -> float:
+    """Of losses [n], in radians: 1 − cosine is half of the squared angle between two features, where it is small.
 
-    Losses have a long tail: in their mean, one image of the hard kind outweighs a hundred others.
+    Losses have a long tail. In their mean one image of the hard kind outweighs a hundred others, in the mean of their
+    logarithms it weighs no more than any.
     """
-    return float(_log(loss).mean().exp())
+    return float(_angle(loss).mean())
 
 
-def _log(loss: Tensor) -> Tensor:
-    return loss.clamp(min=1e-6).log()
+def _angle(loss: Tensor) -> Tensor:
+    return (2 * loss.clamp(min=0)).sqrt()
 
 
 def outputs(model: Any, images: Tensor, *, patches: bool = False, batch_size: int = 8) -> Outputs:
@@ -213,7 +214,7 @@ class Result:
 
     Attributes:
         best: the options, for ``gtp_vit.patch(model, **best)``.
-        loss: the geometric mean of its losses on the images that decided.
+        loss: the mean angle to what the unpatched model gives (:func:`mean_angle`) on the images that decided.
         candidates: how many were tried.
         steps: how many small changes were tried, and how many of them were kept.
         finished: whether the halving came to its end before the time was over.
@@ -287,7 +288,7 @@ def tune(
             if losses and over() >= 0.5:
                 finished = False
                 break
-            losses.append(geometric_mean(search.loss(candidate, slice(0, count))))
+            losses.append(mean_angle(search.loss(candidate, slice(0, count))))
             say(f"{len(pool)} candidates on {count} images: {number + 1}")
         pool = [pool[rank] for rank in sorted(range(len(losses)), key=lambda rank: losses[rank])]
         plain = next((candidate for candidate in pool if len(set(candidate.weights)) == 1), None)
@@ -304,24 +305,24 @@ def tune(
         best, loss = pool[0], whole
     while over() < 1 and (max_steps is None or steps < max_steps):
         steps += 1
-        say(f"step {steps}, {kept} kept, loss {geometric_mean(loss):.5f}")
+        say(f"step {steps}, {kept} kept, loss {mean_angle(loss):.5f}")
         other = search.changed(best)
         if other is None:
             continue
         # Half of the images say no to most changes.
         half = len(images) // 2
         first = search.loss(other, slice(0, half)) if half else loss[:0]
-        if half and geometric_mean(first) >= geometric_mean(loss[:half]):
+        if half and mean_angle(first) >= mean_angle(loss[:half]):
             continue
         whole = torch.cat((first, search.loss(other, slice(half, None))))
         if _better(whole, loss):
             best, loss, kept = other, whole, kept + 1
-    return Result(_plain(best.options), geometric_mean(loss), tried, (steps, kept), finished)
+    return Result(_plain(best.options), mean_angle(loss), tried, (steps, kept), finished)
 
 
 def _better(loss: Tensor, than: Tensor) -> bool:
-    """Whether the mean gain, in logarithms, is above its standard error: a few images alone decide nothing."""
-    gain = _log(than) - _log(loss)
+    """Whether the mean gain, in angles, is above its standard error: a few images alone decide nothing."""
+    gain = _angle(than) - _angle(loss)
     error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return gain.mean().item() > error
 
