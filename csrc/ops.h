@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -407,6 +408,8 @@ struct Ops {
     check_prefix(num_prefix, p.tokens);
     p.kept = kept;
     p.prop = prop;
+    GTP_CHECK(kept + prop <= p.tokens - num_prefix, "index_kept and index_prop have ", kept, " and ", prop,
+              " rows; x has ", p.tokens - num_prefix, " image tokens");
     p.standard = option<Standard>("standard", standard);
     p.norm = option<Norm>("norm", norm);
     p.alpha = alpha;
@@ -537,6 +540,9 @@ struct Ops {
     check_dim("indices", indices, 2, "[B, E]");
     p.origins = rep.size(1);
     p.capacity = indices.size(1);
+    // Less by a warp: a kernel's loop steps over the end.
+    GTP_CHECK(std::max(p.origins, p.capacity) <= std::numeric_limits<int32_t>::max() - 32, "rep has shape ",
+              shape_of(rep), " and indices ", shape_of(indices), "; n0 and E must be within int32");
     check_shape("rep", rep, {p.batch, p.origins}, "[B, n0]");
     check_shape("indptr", indptr, {p.batch, p.origins + 1}, "[B, n0 + 1]");
     check_shape("indices", indices, {p.batch, p.capacity}, "[B, E]");

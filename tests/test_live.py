@@ -10,7 +10,7 @@ from test_patch_timm import MODELS, OPTIONS, build, images, plain_attention
 
 import gtp_kernels
 import gtp_vit
-from gtp_kernels import LiveGraph, TokenGraph, backends, reference
+from gtp_kernels import LiveGraph, LiveSelection, TokenGraph, backends, reference
 from gtp_kernels.ops import _library
 from gtp_kernels.reference import live as definition
 
@@ -203,6 +203,53 @@ def test_what_is_no_number(backend, what):
     found = gtp_kernels.live_select(k, importance, live, 6, torch.ones(2, 26))
     assert_same_selection(found, reference.live_select(k, importance, live, 6, torch.ones(2, 26)))
     assert found.share.isfinite().all()
+
+
+def test_scores_that_are_no_number_are_the_highest(backend):
+    """A mean importance of 0, and cosines of 1: ∞ · 0. Rows 0 and 2 have it, 1 and 3 the least importance."""
+    dense = torch.zeros(1, 4, 4)
+    for i, j in ((0, 1), (2, 3)):
+        dense[0, i, j] = dense[0, j, i] = 1
+    live = gtp_kernels.live_graph(TokenGraph.from_dense(dense))
+    k, importance = torch.ones(1, 1, 4, 1, dtype=widest()), torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=widest())
+    for num_prop in range(4):
+        found = gtp_kernels.live_select(k, importance, live, num_prop, torch.ones(1, 4), num_prefix=0)
+        assert_same_selection(
+            found, reference.live_select(k, importance, live, num_prop, torch.ones(1, 4), num_prefix=0)
+        )
+        if num_prop == 2:
+            assert found.index_prop.tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: tuple(s), TypeError, "selection must be a LiveSelection; got tuple"),
+        (lambda s: s._replace(index_kept=s.index_kept[:, 1:]), ValueError, "must divide the image tokens of x"),
+        (lambda s: s._replace(index_prop=s.index_prop.int()), TypeError, "index_prop must be int64"),
+        (lambda s: s._replace(index_prop=s.index_prop + 100), ValueError, r"index_prop must hold indices in \[1, 26\)"),
+        (lambda s: s._replace(index_kept=s.index_kept - 1), ValueError, r"index_kept must hold indices in \[1, 26\)"),
+        (lambda s: s._replace(target=s.target[:, 1:]), ValueError, "target"),
+        (lambda s: s._replace(share=s.share[:, 1:]), ValueError, "share"),
+    ],
+)
+def test_a_selection_that_is_none(backend, change, error, message):
+    x, k, importance, graph = case(1, 2, (5, 5), 8, 16, 1)
+    found = gtp_kernels.live_select(k, importance, gtp_kernels.live_graph(graph), 6, torch.ones(1, 26))
+    with pytest.raises(error, match=message):
+        gtp_kernels.live_merge(x, torch.zeros_like(x), change(found))
+
+
+@pytest.mark.no_op_runs
+def test_rows_that_are_not_there(backend):
+    """Indices of a token where x holds prefix tokens alone."""
+    none, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
+    selection = LiveSelection(
+        one, one, none, torch.ones(1, 0), torch.ones(1, 2), LiveGraph(one.int(), none.int(), none.int())
+    )
+    x = torch.ones(1, 1, 4)
+    with pytest.raises(ValueError, match="must divide the image tokens of x"):
+        gtp_kernels.live_merge(x, torch.zeros_like(x), selection)
 
 
 def test_what_is_not_finite_stays_with_the_row_that_takes_it(backend):

@@ -205,7 +205,8 @@ class LiveSelect {
       T relative = static_cast<T>(importance(i)) / mean;
       if (!(relative > static_cast<T>(kLeastImportance))) relative = static_cast<T>(kLeastImportance);
       const T power = std::pow(relative, static_cast<T>(p.gamma));
-      score[i] = best[i] == -Vec<T>::inf ? Vec<T>::inf : (T(1) - best[i]) * power;
+      const T found = best[i] == -Vec<T>::inf ? Vec<T>::inf : (T(1) - best[i]) * power;
+      score[i] = std::isnan(found) ? Vec<T>::inf : found;
       order[i] = static_cast<int32_t>(i);
     }
     std::sort(order, order + rows,

@@ -1,7 +1,7 @@
 // live_graph: both directions of every edge of a CSR, once, rows sorted by column.
 
+#include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -40,7 +40,7 @@ bool both_directions(const int32_t* indptr, const int32_t* indices, int64_t coun
     }
     live_indptr[i + 1] = filled;
   }
-  std::memset(live_indices + filled, 0, static_cast<size_t>(2 * capacity - filled) * sizeof(int32_t));
+  std::fill_n(live_indices + filled, 2 * capacity - filled, 0);
   return true;
 }
 

@@ -8,10 +8,10 @@
 // keeps its w and the row at its other end as one integer, so that the walk compares integers alone. A w is the same to
 // the bit whichever end asks for it: its products are summed in an order that does not know the ends.
 //
-// Small images take one launch, a block for each, with everything in shared memory. Where the unit keys do not fit
-// there, four: keys, edges and order by many blocks, then the walk. Moved: H d elements of k per row once; per slot,
-// from shared memory or cache, 4 d bytes and 16 more, and 2 d FLOPs; n^2 comparisons of 4 bytes for the order. The walk
-// waits for a slot's 8 bytes once or twice for each row that leaves.
+// Small images take one launch, a block for each, with everything in shared memory (the edges only where they fit).
+// Where the unit keys do not fit, four: keys, edges and order by many blocks, then the walk. Moved: H d elements of k
+// per row once; per slot, from shared memory or cache, 4 d bytes and 16 more, and 2 d FLOPs; n^2 comparisons of 4 bytes
+// for the order. The walk waits for a slot's 8 bytes once or twice for each row that leaves.
 #pragma once
 
 #include <math.h>

@@ -10,8 +10,9 @@
 //
 // Bound by memory. Moved per output row, with s the size of an element and C channels: x and branch 2 C s read, x_out
 // and normed 2 C s written, 2 C s more from cache per edge that counts; 8 bytes per edge of the row, and 2 C FLOPs per
-// edge that counts. Per block, from cache: 12 C bytes of layer_scale and norm, 12 bytes per token that leaves.
-// With the selection as prologue, from cache: 4 to 8 bytes per head and token of the image.
+// edge that counts. Per block, from cache: 12 C bytes of layer_scale and norm, 12 bytes per token that leaves. With
+// live edges no edges are read: each row that stays compares the P targets, 8 P bytes from cache, and reads a share per
+// row. With the selection as prologue, from cache: 4 to 8 bytes per head and token of the image.
 #pragma once
 
 #include "cuda/kernels.h"

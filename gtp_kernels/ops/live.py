@@ -112,8 +112,16 @@ def live_merge(
         (x [B, N − P, C], prefix rows first, then the kept ones; normed, None where ``norm`` is ``none``).
 
     Gradients reach x, branch, layer_scale, norm_weight and norm_bias.
+
+    Raises:
+        TypeError: not a LiveSelection; a tensor of another dtype.
+        ValueError: shapes that do not fit each other, or tensors on several devices; a negative ``norm_eps``; an index
+            outside [R, N), where it is looked at (on a CPU, or with GTP_KERNELS_DEBUG=1).
     """
-    return unchecked_live_merge(x, branch, selection, layer_scale, norm_weight, norm_bias, norm_eps, norm, num_prefix)
+    prefix, eps = definition.check_live_merge(
+        x, branch, selection, layer_scale, norm_weight, norm_bias, norm_eps, norm, num_prefix
+    )
+    return unchecked_live_merge(x, branch, selection, layer_scale, norm_weight, norm_bias, eps, norm, prefix)
 
 
 def unchecked_live_merge(

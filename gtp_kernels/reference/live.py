@@ -13,7 +13,7 @@ from torch import Tensor
 from gtp_kernels import checks
 from gtp_kernels.graph import LiveGraph, LiveSelection, TokenGraph
 from gtp_kernels.reference.attention import compute_dtype
-from gtp_kernels.reference.propagate import apply_norm, over_edges, take_rows
+from gtp_kernels.reference.propagate import apply_norm, check_residual, over_edges, take_rows
 
 LEAST_IMPORTANCE = 1e-6  # of the mean
 STAYS, DROPPED = -2, -1
@@ -39,12 +39,13 @@ def live_graph(graph: TokenGraph) -> LiveGraph:
 
 def live_scores(k: Tensor, importance: Tensor, live: LiveGraph, gamma: float, prefix: int) -> tuple[Tensor, Tensor]:
     """(1 − best edge) · (importance / mean)^γ of each image row [B, n], low for those that leave first; +inf for a row
-    without edges. And its unit keys [B, n, d], the mean over heads."""
+    without edges, and where it would be NaN. And its unit keys [B, n, d], the mean over heads."""
     unit = unit_keys(k, prefix)
     relative = importance / importance.mean(1, keepdim=True)
     relative = torch.where(relative > LEAST_IMPORTANCE, relative, LEAST_IMPORTANCE).to(unit.dtype)
     best = torch.where(live.adjacency(unit.shape[1]), cosines(unit), -torch.inf).amax(2)
-    return torch.where(best == -torch.inf, torch.inf, (1 - best) * relative**gamma), unit
+    scores = torch.where(best == -torch.inf, torch.inf, (1 - best) * relative**gamma)
+    return torch.where(scores.isnan(), torch.inf, scores), unit
 
 
 def unit_keys(k: Tensor, prefix: int) -> Tensor:
@@ -175,6 +176,35 @@ def merge_transpose(
     result = result.scatter(1, index_kept.unsqueeze(2).expand(-1, -1, columns), image * own.unsqueeze(2))
     result = result.scatter(1, index_prop.unsqueeze(2).expand(-1, -1, columns), to_prop)
     return torch.cat((grad[:, :num_prefix], result[:, num_prefix:]), 1)
+
+
+def check_live_merge(
+    x: Tensor,
+    branch: Tensor,
+    selection: LiveSelection,
+    layer_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    norm: str,
+    num_prefix: int,
+) -> tuple[int, float]:
+    """Checks the arguments of ``live_merge``; returns (number of prefix tokens, eps)."""
+    if not isinstance(selection, LiveSelection):
+        raise TypeError(f"selection must be a LiveSelection; got {type(selection).__name__}")
+    index_kept, index_prop, target, share = selection[:4]
+    _, prefix, eps = check_residual(
+        x, branch, None, index_kept, index_prop, layer_scale, norm_weight, norm_bias, norm_eps, norm, "None", 0.0, None,
+        num_prefix,
+    )  # fmt: skip
+    checks.index("selection.target", target, x.shape[0])
+    checks.shape_is("selection.target", target, tuple(index_prop.shape), "[B, P]")
+    checks.floating("selection.share", share, 2, "[B, n]")
+    checks.shape_is("selection.share", share, (x.shape[0], x.shape[1] - prefix), "[B, N - R]")
+    checks.same_device(x=x, target=target, share=share)
+    checks.index_range("selection.index_kept", index_kept, prefix, x.shape[1])
+    checks.index_range("selection.index_prop", index_prop, prefix, x.shape[1])
+    return prefix, eps
 
 
 def check_live_select(
