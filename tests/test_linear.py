@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
@@ -16,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtp_kernels
+import gtp_vit
 from gtp_vit import linear as module
 
 pytestmark = pytest.mark.no_op_runs
@@ -188,6 +193,8 @@ def test_one_compilation_for_any_batch() -> None:
         x = tokens(torch.float32, batch, 7, 24)
         close(compiled(x), m(x))
     assert compilations.frame_count == 1
+    seen, _ = targets(lambda x: module.feed_forward(m, x), tokens(), dynamic=True)
+    assert sum("gtp_vit" in name for name in seen) == 2
 
 
 @pytest.mark.parametrize(
@@ -206,6 +213,62 @@ def test_compiled_code_keeps_the_modules(context: Callable[[], AbstractContextMa
         seen, _ = targets(lambda x: module.feed_forward(m, x), tokens())
     assert not any("gtp_vit" in name for name in seen)
     assert any("gelu" in name for name in seen)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_counting_between_two_calls_of_compiled_code(backend: str) -> None:
+    """A dispatch mode makes the compiler meet our functions one by one, as frames of their own."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, pretrained=False).eval()
+    gtp_vit.patch(model, 1, num_neighbours=2)
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    expected = compiled(x)
+    assert gtp_vit.gmacs(compiled, x) == gtp_vit.gmacs(model, x)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bias_alone_has_a_gradient(compiled: bool) -> None:
+    m, x = mlp(), tokens()
+    for name, parameter in m.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    call = lambda: module.feed_forward(m, x, x)  # noqa: E731  # what is compiled, or not
+    with torch.enable_grad():
+        (torch.compile(call, backend="aot_eager") if compiled else call)().sum().backward()
+    assert all((parameter.grad is not None) == ("bias" in name) for name, parameter in m.named_parameters())
+
+
+def test_forward_mode_derivatives() -> None:
+    m, x, tangent = mlp().requires_grad_(False), tokens(), tokens().flip(0)
+    found = torch.func.jvp(lambda x: module.feed_forward(m, x, x), (x,), (tangent,))
+    for mine, theirs in zip(found, torch.func.jvp(lambda x: x + m(x), (x,), (tangent,)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_hooks_of_every_module() -> None:
+    m, x, seen = mlp(), tokens(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer).__name__))
+    try:
+        module.feed_forward(m, x)
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 2
+
+
+def test_bfloat16_where_onednn_has_none() -> None:
+    """nn.Linear multiplies in bfloat16 on any processor, oneDNN's operators do not."""
+    script = """
+import torch
+from timm.layers.mlp import Mlp
+from gtp_vit import linear
+linear._WORTH = 0
+m, x = Mlp(24, 96).eval().bfloat16(), torch.randn(2, 7, 24).bfloat16()
+with torch.no_grad():
+    assert torch.equal(linear.feed_forward(m, x, x), x + m(x))
+assert linear._DTYPES == {torch.float32}
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 def test_exported_code_keeps_the_modules() -> None:

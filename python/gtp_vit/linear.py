@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gtp_kernels import backends
@@ -22,6 +24,10 @@ from gtp_kernels import backends
 # FLOPs of a product from which on it is worth the dispatch of these operators, which costs more than nn.Linear's.
 _WORTH = 30_000_000
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# nn.Linear has a product of its own in bfloat16 where oneDNN has none: on a processor without AVX-512.
+_DTYPES = frozenset(
+    (torch.float32, torch.bfloat16) if _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+)
 # Feed-forwards of two linear layers, fc1 and fc2, by name: neither library is imported for the other's sake.
 _TIMM = "timm.layers.mlp.Mlp"
 _TRANSFORMERS = frozenset(
@@ -41,18 +47,16 @@ _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str activation, s
 _LIBRARY.define("linear_add(Tensor x, Tensor residual, Tensor weight, Tensor? bias) -> Tensor")
 
 
+@torch.library.impl(_LIBRARY, "linear", "CPU")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     return out
 
 
+@torch.library.impl(_LIBRARY, "linear_add", "CPU")
 def _linear_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     return out
-
-
-for _name_of, _operator in (("linear", _linear), ("linear_add", _linear_add)):
-    _LIBRARY.impl(_name_of, _operator, "CPU")
 
 
 @torch.library.register_fake("gtp_vit::linear", lib=_LIBRARY)
@@ -66,7 +70,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
-    """``layer(x)`` of [..., C_in]: [..., C_out]."""
+    """``layer(x)`` of [..., C_in]: [..., C_out]; fused for [B, N, C_in]."""
     if _takes(x) and _is_plain(layer, x) and _is_inference():
         return _product(x, layer)
     out: Tensor = layer(x)
@@ -88,9 +92,12 @@ def feed_forward(mlp: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out: Tensor = mlp(x)
         return out if residual is None else residual + out
     hidden = _product(x, mlp.fc1, "gelu", gelu)
-    if residual is not None and residual.dtype == x.dtype and residual.is_contiguous():
-        add = torch.ops.gtp_vit.linear_add if torch.compiler.is_compiling() else _linear_add
-        out = add(hidden, residual, mlp.fc2.weight, mlp.fc2.bias)
+    if residual is not None and _takes(residual) and residual.dtype == x.dtype and not _wants_gradient(residual):
+        # No function of ours around torch's operator: the compiler may meet it as a frame, and cannot trace it.
+        if torch.compiler.is_compiling():
+            out = torch.ops.gtp_vit.linear_add(hidden, residual, mlp.fc2.weight, mlp.fc2.bias)
+        else:
+            out = torch.ops.mkldnn._linear_pointwise.binary(hidden, residual, mlp.fc2.weight, mlp.fc2.bias, "add")
         return out
     out = _product(hidden, mlp.fc2)
     return out if residual is None else residual + out
@@ -108,8 +115,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _product(x: Tensor, layer: nn.Linear, activation: str = "none", algorithm: str = "") -> Tensor:
-    product = torch.ops.gtp_vit.linear if torch.compiler.is_compiling() else _linear
-    out: Tensor = product(x, layer.weight, layer.bias, activation, algorithm)
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = torch.ops.gtp_vit.linear(x, layer.weight, layer.bias, activation, algorithm)
+    else:
+        out = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], algorithm)
     return out
 
 
@@ -117,7 +127,8 @@ def _takes(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _DTYPES
+        and x.ndim == 3
         and x.numel() > 0
         and x.is_contiguous()
     )
@@ -134,8 +145,12 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         and weight.is_contiguous()
         and (bias is None or bias.dtype == x.dtype)
         and 2 * _rows(x) * weight.numel() >= _WORTH
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not _wants_gradient(x, weight, bias)
     )
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _rows(x: Tensor) -> int:
@@ -146,35 +161,35 @@ def _rows(x: Tensor) -> int:
 def _is_inference() -> bool:
     """Whether nobody looks on who expects to see a linear layer, and the operators are there."""
     if torch.compiler.is_compiling():
-        seen = _exports() or _freezes()
+        seen = _compiles_otherwise()
     else:
-        seen = torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined]  # not in its __all__
+        seen = (
+            torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in its __all__
+            or is_in_torch_dispatch_mode()
+            or not torch._C._get_mkldnn_enabled()
+            or _has_any_global_hook()
+        )
     return (
         not seen
+        and _AVAILABLE
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and backends.forced() in (None, "cpu")
-        and _is_enabled()
-        and _AVAILABLE
     )
 
 
-def _is_enabled() -> bool:
-    return torch._C._get_mkldnn_enabled()
-
-
-def _exports() -> bool:
-    return torch.compiler.is_exporting()
-
-
-def _freezes() -> bool:
-    """Whether torch's compiler packs the weights itself, which it does for linear layers."""
+def _compiles_otherwise() -> bool:
+    """Whether torch exports, packs the weights of linear layers itself (freezing), is to leave oneDNN alone, or calls
+    hooks of every module. Later changes of these need ``torch.compiler.reset()``."""
     config = sys.modules.get("torch._inductor.config")
-    return config is not None and bool(config.freezing)
+    freezes = config is not None and bool(config.freezing)
+    return (
+        torch.compiler.is_exporting() or freezes or not torch._C._get_mkldnn_enabled() or bool(_has_any_global_hook())
+    )
 
 
-# torch.compile calls these when it compiles, instead of tracing them (where is_exporting() would always be true).
-for _constant in (_is_enabled, _exports, _freezes):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
+# Called once, when torch.compile compiles, and not traced: is_exporting() would always be true.
+_compiles_otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute of a function
 
 
 def _gelu_of(mlp: Any) -> Callable[[Any], str | None] | None:
