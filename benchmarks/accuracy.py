@@ -119,8 +119,10 @@ def tokens_left(reduced: Any, image: Tensor) -> int:
     inner = reduced.model if isinstance(reduced, ToMe) else reduced
     seen: list[int] = []
     handle = inner.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    reduced(image)
-    handle.remove()
+    try:
+        reduced(image)
+    finally:
+        handle.remove()
     return seen[0] - int(inner.num_prefix_tokens)
 
 

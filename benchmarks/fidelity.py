@@ -633,8 +633,8 @@ def main(
             )  # fmt: skip
     save(draw(report), path.with_suffix(".svg"))
     if page or (page is None and path in (PATH, OTHERS)):
-        text = markdown(report) if others is None else summary(report)
-        PAGE.write_text(put(PAGE.read_text(), "fidelity" if others is None else "others", text))
+        text = summary(report) if path == OTHERS else markdown(report)
+        PAGE.write_text(put(PAGE.read_text(), "others" if path == OTHERS else "fidelity", text))
     for text in _by_num_prop(
         [row for row in report["rows"] if row["part"] == "methods"], lambda row: f"{row['pooled']['mean']:.5f}"
     ):

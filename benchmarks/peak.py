@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -51,12 +51,13 @@ void run(long count, float* out) {
 
 def compiled(folder: Path) -> ctypes.CDLL:
     """The loop as a library."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise click.ClickException("needs a C compiler: set CC")
     source, library = folder / "peak.c", folder / "peak.so"
     source.write_text(SOURCE)
-    subprocess.run([compiler, "-O2", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    command = [*shlex.split(os.environ.get("CC", "cc")), "-O2", "-march=native", "-shared", "-fPIC"]
+    try:
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise click.ClickException(f"needs a C compiler (CC) and a processor with AVX2 and FMA: {error}") from error
     return ctypes.CDLL(str(library))
 
 

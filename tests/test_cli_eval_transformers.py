@@ -169,6 +169,9 @@ def test_the_names_of_the_labels_decide(images: Path, tmp_path: Path) -> None:
         logits = gtp_vit.patch(model, **PATCH)(pixels).logits
     assert report["top1_count"] == int((logits.argmax(-1) == labels).sum())
     (tmp_path / "map.json").write_text(json.dumps({"ant": 0, "bee": 1, "cow": 2}))
+    # As the scripts of transformers write them: numbers as text.
+    changed(folder, "config.json", label2id={"cow": "0", "dog": "1", "ant": "2", "bee": "3"})
+    assert evaluate(images, folder, tmp_path / "text.json")["top1_count"] == report["top1_count"]
     other = evaluate(images, folder, tmp_path / "map-r.json", "--class-map", tmp_path / "map.json")
     assert other["top1_count"] == int((logits.argmax(-1) == torch.tensor([0] * 5 + [1] * 4 + [2] * 4)).sum())
     assert other["top1_count"] != report["top1_count"]
@@ -258,6 +261,23 @@ WRONG: dict[str, Any] = {
     "damaged weights": (damaged, "model.safetensors", 1, ["no classifier of images", "header"]),
     "damaged configuration": (damaged, "config.json", 1, ["config.json"]),
     "damaged processor": (damaged, "preprocessor_config.json", 1, ["preprocessor_config.json"]),
+    "code of its own": (
+        lambda folder, name: changed(
+            folder,
+            name,
+            model_type="mine",
+            auto_map={"AutoConfig": "mine.C", "AutoModelForImageClassification": "mine.M"},
+        ),
+        "config.json",
+        1,
+        ["no classifier of images", "custom code"],
+    ),
+    "a processor of an unknown kind": (
+        lambda folder, name: changed(folder, name, image_processor_type="NoneImageProcessor"),
+        "preprocessor_config.json",
+        1,
+        ["no image processor"],
+    ),
     "a text model": (bert, "", 1, ["no classifier of images", "Unrecognized configuration class", "BertConfig"]),
     "a model that is not supported": (
         swin,

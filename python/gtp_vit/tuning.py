@@ -52,7 +52,7 @@ READ = {
     "GraphProp": ("sparsity", "alpha", "graph_type", "num_neighbours", "selection"),
     "None": ("sparsity", "selection"),
 }
-FIRST_IMAGES = 4
+FIRST_IMAGES = 16  # with 4, chance decides which candidates are dropped first
 
 
 class Outputs(NamedTuple):
@@ -353,6 +353,10 @@ def _selections(model: nn.Module) -> tuple[str, ...]:
     for name in CHOICES["selection"]:
         with contextlib.suppress(ValueError), patched(model, {"num_prop": 0, "selection": name}):
             found.append(name)
+    if not found:
+        # Says what is wrong with the model.
+        with patched(model, {"num_prop": 0}):
+            pass
     return tuple(found)
 
 

@@ -54,7 +54,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.transform, self.input_size = model, transform, input_size
         self.num_classes = int(model.config.num_labels)
-        self.label2id: dict[str, int] = dict(model.config.label2id or {})
+        # The numbers in label2id may be strings; transformers makes those of id2label integers.
+        self.label2id: dict[str, int] = {label: int(index) for index, label in (model.config.id2label or {}).items()}
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images).logits
@@ -105,6 +106,7 @@ def load(name: str) -> Classifier:
             model, report = AutoModelForImageClassification.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
@@ -113,7 +115,14 @@ def load(name: str) -> Classifier:
             raise
         except Exception as error:  # damaged files and foreign configurations raise almost anything
             raise weights.WeightsError(f"{folder}: no classifier of images ({common.first_line(error)})") from error
-        transform = Transform(AutoImageProcessor.from_pretrained(folder, local_files_only=True))
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            transform = Transform(processor)
+            sizes = {tuple(transform(Image.new("RGB", size)).shape) for size in _PROBES}
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # as above
+            raise weights.WeightsError(f"{folder}: no image processor ({common.first_line(error)})") from error
     weights.check_keys(
         f"{folder} does not fit {type(model).__name__}",
         sorted(report["missing_keys"]),
@@ -124,14 +133,13 @@ def load(name: str) -> Classifier:
     if type(model) not in supported:
         listed = ", ".join(kind.__name__ for kind in supported)
         raise click.UsageError(f"{folder} holds a {type(model).__name__}; supported are {listed}")
-    sizes = {tuple(transform(Image.new("RGB", size)).shape) for size in _PROBES}
     if len(sizes) > 1:
         raise click.UsageError(f"{folder}: the image processor makes images of several sizes, {sorted(sizes)}")
     classifier = Classifier(model, transform, *sizes)
     try:
         with torch.inference_mode():
             classifier.eval()(torch.zeros(1, *classifier.input_size))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # sizes that the model refuses, or that its convolution does
         raise click.UsageError(f"{folder}: the image processor does not fit the model: {error}") from error
     return classifier
 
