@@ -595,8 +595,8 @@ def main(
                 report = {**earlier, "speed": {**provenance(), "batch": batch_size, "rounds": rounds}}
             elif worst:
                 report = earlier
-            elif "worst" in earlier:
-                report["worst"] = earlier["worst"]
+            else:
+                report |= {key: earlier[key] for key in ("worst", "speed") if key in earlier}
     if (speed or worst) and not report["rows"]:
         raise click.UsageError(
             f"--speed, --worst: {path} has no rows of this model and these images; run without it first"

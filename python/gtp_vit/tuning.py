@@ -52,6 +52,7 @@ READ = {
     "GraphProp": ("sparsity", "alpha", "graph_type", "num_neighbours", "selection"),
     "None": ("sparsity", "selection"),
 }
+FINALISTS = 5
 FIRST_IMAGES = 16  # with 4, chance decides which candidates are dropped first
 
 
@@ -297,12 +298,15 @@ def tune(
         pool = pool[: max(1, math.ceil(len(pool) / 2.5))]
         if plain is not None and plain not in pool:
             pool.append(plain)
-        count = len(images) if len(pool) <= 3 else min(2 * count, len(images))
-    # A constant P is left only for what is better by more than chance.
+        count = len(images) if len(pool) <= FINALISTS else min(2 * count, len(images))
+    # A constant P is left only for what is better by more than chance, and of those for the surest.
     best, kept, steps = pool[0] if plain is None else plain, 0, 0
-    loss = search.loss(best, slice(None))
-    if best is not pool[0] and _better(whole := search.loss(pool[0], slice(None)), loss):
-        best, loss = pool[0], whole
+    loss = constant_loss = search.loss(best, slice(None))
+    surest = 0.0
+    for candidate in pool[:FINALISTS]:
+        whole = search.loss(candidate, slice(None))
+        if (surplus := _surplus(whole, constant_loss)) > surest:
+            best, loss, surest = candidate, whole, surplus
     while over() < 1 and (max_steps is None or steps < max_steps):
         steps += 1
         say(f"step {steps}, {kept} kept, loss {mean_angle(loss):.5f}")
@@ -315,16 +319,16 @@ def tune(
         if half and mean_angle(first) >= mean_angle(loss[:half]):
             continue
         whole = torch.cat((first, search.loss(other, slice(half, None))))
-        if _better(whole, loss):
+        if _surplus(whole, loss) > 0:
             best, loss, kept = other, whole, kept + 1
     return Result(_plain(best.options), mean_angle(loss), tried, (steps, kept), finished)
 
 
-def _better(loss: Tensor, than: Tensor) -> bool:
-    """Whether the mean gain, in angles, is above its standard error: a few images alone decide nothing."""
+def _surplus(loss: Tensor, than: Tensor) -> float:
+    """The mean gain over the images, in angles, less its standard error: a few images alone decide nothing."""
     gain = _angle(than) - _angle(loss)
     error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return gain.mean().item() > error
+    return gain.mean().item() - error
 
 
 def constant(model: nn.Module, images: Tensor, gmacs: float) -> dict[str, Options]:
