@@ -48,22 +48,29 @@ def files(others: Path | None) -> tuple[list[Path], list[Path]]:
 
 def judged_images(model: nn.Module, unseen: list[Path], num_crops: int) -> dict[str, Images]:
     """What the search does not see: photographs, whole, and crops of them."""
-    config = common.data_config(model)
-    size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
-    _, whole = photos.read_photographs(unseen, size, mean=mean, std=std)
-    crops = fidelity.crops(unseen, num_crops, size, mean, std, seed=1)
+    whole, crops = _whole_and_crops(model, unseen, num_crops, seed=1)
     return {
-        # Mirrored, a picture is another one to the model.
-        "photographs": Images(torch.cat((whole, whole.flip(-1))), f"whole, and mirrored: {_names(unseen)}"),
+        "photographs": Images(whole, f"whole, and mirrored: {_names(unseen)}"),
         "crops": Images(crops, f"{num_crops} crops, seed 1, of {_names(unseen)}"),
     }
 
 
 def searched_images(model: nn.Module, seen: list[Path], num_crops: int) -> Images:
     """What the search sees."""
+    whole, crops = _whole_and_crops(model, seen, num_crops, seed=0)
+    # Mixed: the search looks at the first few before it looks at all.
+    pixels = torch.cat((whole, crops))[
+        torch.randperm(len(whole) + num_crops, generator=torch.Generator().manual_seed(0))
+    ]
+    return Images(pixels, f"{num_crops} crops, seed 0, of these, and whole, and mirrored: {_names(seen)}")
+
+
+def _whole_and_crops(model: nn.Module, chosen: list[Path], num_crops: int, seed: int) -> tuple[Tensor, Tensor]:
     config = common.data_config(model)
-    pixels = fidelity.crops(seen, num_crops, config["input_size"][-2:], config["mean"], config["std"])
-    return Images(pixels, f"{num_crops} crops, seed 0, of {_names(seen)}")
+    size, mean, std = config["input_size"][-2:], config["mean"], config["std"]
+    _, whole = photos.read_photographs(chosen, size, mean=mean, std=std)
+    # Mirrored, a picture is another one to the model.
+    return torch.cat((whole, whole.flip(-1))), fidelity.crops(chosen, num_crops, size, mean, std, seed=seed)
 
 
 def _names(chosen: list[Path]) -> str:

@@ -428,11 +428,11 @@ class _Search:
         if not found:
             # Says what is wrong with the target.
             fit(self.work, {**LIVE, "graph_type": "Spatial"}, (1.0,) * depth, self.gmacs)
-        ramp = [1 + block / max(depth - 1, 1) for block in range(depth)]
+        gentle, ramp = ([1 + slope * block / max(depth - 1, 1) for block in range(depth)] for slope in (0.4, 1.2))
         for live in (BASELINES[name] for name in BASELINES if name.startswith("LiveGraph")):
             options = _fitting(live, n)
             # The importance of the first block says little.
-            for weights in (ramp, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
+            for weights in (ramp, gentle, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
                 if depth > 1 and (made := self.candidate(options, weights)) is not None:
                     found.setdefault(made.key(), made)
         for _ in range(20 * count):
