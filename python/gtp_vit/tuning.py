@@ -431,8 +431,10 @@ class _Search:
         gentle, ramp = ([1 + slope * block / max(depth - 1, 1) for block in range(depth)] for slope in (0.4, 1.2))
         for live in (BASELINES[name] for name in BASELINES if name.startswith("LiveGraph")):
             options = _fitting(live, n)
-            # The importance of the first block says little.
-            for weights in (ramp, gentle, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
+            # The importance of the first block says little; after the attention of the last one a class token needs no
+            # other any more.
+            late = ([*budget[:-1], 6.0] for budget in ([1.0] * depth, gentle))
+            for weights in (*late, ramp, gentle, [0.0] + [1.0] * (depth - 1), [0.0, *ramp[1:]]):
                 if depth > 1 and (made := self.candidate(options, weights)) is not None:
                     found.setdefault(made.key(), made)
         for _ in range(20 * count):
