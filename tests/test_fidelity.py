@@ -139,6 +139,15 @@ def test_put_replaces_what_is_between_the_comments() -> None:
         fidelity.put(page, "y", "new")
 
 
+def test_the_page_has_the_tables_of_its_files() -> None:
+    page = fidelity.PAGE.read_text()
+    report, others = (json.loads(path.read_text()) for path in (fidelity.PATH, fidelity.OTHERS))
+    assert fidelity.put(page, "fidelity", fidelity.markdown(report)) == page
+    assert fidelity.put(page, "others", fidelity.summary(others)) == page
+    tuned = json.loads((fidelity_tuned.FOLDER / "tuned.json").read_text())
+    assert fidelity.put(page, "tuned", fidelity_tuned.markdown({"Tuned for the class token": tuned})) == page
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     from click.testing import CliRunner
