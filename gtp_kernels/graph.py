@@ -24,7 +24,7 @@ class TokenGraph:
 
     Attributes:
         indptr: int32 [B, n+1]; row i of image b owns the edges ``indptr[b, i]:indptr[b, i+1]``. A row may be empty.
-        indices: int32 [B, E]; the column (original token) of each edge, ascending within a row. E is fixed by the
+        indices: int32 [B, E]; the column (original token) of each edge, once and ascending in a row. E is fixed by the
             graph type and the grid, so that shapes are static; what lies beyond ``indptr[:, n]`` is padding (zero).
         values: float32 [B, E]; the normalised weights Â (paper, Equation 9).
         token: int32 [B, m]; the original token behind each current image row (prefix tokens are not counted).
