@@ -58,6 +58,7 @@ MODELS = (
     ("vit_large_patch16_224", 64, 4),
     ("vit_medium_patch16_gap_256", 128, 14),
 )
+LIVE_MODELS = (("deit_small_patch16_224", 128, 8), ("deit_small_patch16_224", 128, 14))
 # The file and the tests of a dry run.
 DRY_TESTS = ("test_select.py", "tie_rule or seeded or empty_batch")
 Piece = Callable[[float], dict[str, Any]]
@@ -93,13 +94,15 @@ def pieces(step: str, context: Context) -> Iterator[tuple[str, Piece]]:
                 yield f"{tool}{suffix}", partial(_sanitize, context, tool, backend=backend)
     elif step == "ops":
         for dtype in ("bfloat16", "float32"):
-            for op in ("attention", "select", "propagate", "graph"):
+            for op in ("attention", "select", "propagate", "graph", "live"):
                 yield f"{op} {dtype}", partial(_op, context, op, dtype)
     elif step == "overhead":
         yield "block", partial(_overhead, context)
     elif step == "models":
         for name, batch, num_prop in MODELS[:1] if context.dry_run else MODELS:
             yield f"{name} P{num_prop}", partial(_model, context, name, batch, num_prop)
+        for name, batch, num_prop in LIVE_MODELS[:1] if context.dry_run else LIVE_MODELS:
+            yield f"{name} LiveGraph P{num_prop}", partial(_model, context, name, batch, num_prop, live=True)
     elif step == "tune":
         yield "tune", partial(_tune, context)
 
@@ -225,20 +228,23 @@ def _overhead(context: Context, seconds: float) -> dict[str, Any]:
     return {"status": "passed", "host": found, "output": "\n".join(overhead.lines(found))}
 
 
-def _model(context: Context, name: str, batch: int, num_prop: int, seconds: float) -> dict[str, Any]:
+def _model(
+    context: Context, name: str, batch: int, num_prop: int, seconds: float, *, live: bool = False
+) -> dict[str, Any]:
     import torch
 
     from benchmarks import registry
-    from benchmarks.models import model_case
+    from benchmarks.models import live_case, model_case
     from benchmarks.runner import run_cases
 
     dtype = "bfloat16"
     setting = registry.Setting(torch.device(context.device), getattr(torch, dtype), num_prop, context.dry_run)
+    create = live_case if live else model_case
     if context.dry_run:
         tiny: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 32, "num_heads": 2}
-        case = model_case("vit_tiny_patch16_224", 1, setting, **tiny)
+        case = create("vit_tiny_patch16_224", 1, setting, **tiny)
     else:
-        case = model_case(name, batch, setting, compile_mode="max-autotune")
+        case = create(name, batch, setting, compile_mode="max-autotune")
     results = run_cases(
         [case], setting.device, _ceilings(context, dtype), **_effort(context), dtype=dtype, rivals=RIVALS
     )

@@ -61,8 +61,11 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
 
 
-def live_case(name: str, batch: int, setting: Setting, **create: Any) -> Case:
-    """One model: ``ours`` is patched with LiveGraph (θ = 0.6); beside it GraphProp, and ToMe, at the same P."""
+def live_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "none", **create: Any) -> Case:
+    """One model: ``ours`` is patched with LiveGraph (θ = 0.6); beside it GraphProp, and ToMe, at the same P.
+
+    Arguments as of :func:`model_case`.
+    """
     import timm
 
     torch.manual_seed(0)
@@ -74,11 +77,17 @@ def live_case(name: str, batch: int, setting: Setting, **create: Any) -> Case:
     )
     images = setting.randn(batch, 3, *dense.patch_embed.img_size)
     modules = {"ours": ours, "GraphProp": published, "tome": ToMe(dense, num_prop)}
-    calls: dict[str, Callable[[], object]] = {label: _call(module, images) for label, module in modules.items()}
+    calls: dict[str, Callable[[], object]] = {
+        label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
+    }
     flops = round(2e9 * batch * gtp_vit.gmacs(ours, images[:1]))
-    about = {"model": name, "batch": batch, "num_prop": num_prop, "propagation": "LiveGraph", "sparsity": 0.6}
+    shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
+    about = {
+        "model": name, "batch": batch, "num_prop": num_prop, "propagation": "LiveGraph", "compile": compile_mode,
+        "sparsity": 0.6,
+    }  # fmt: skip
     check = _check(ours, dense.num_prefix_tokens, images)
-    return Case(f"{name} LiveGraph", f"B{batch} P{num_prop}", calls, check, flops=flops, items=batch, about=about)
+    return Case(f"{name} LiveGraph", shape, calls, check, flops=flops, items=batch, about=about)
 
 
 def _check(patched: Any, num_prefix: int, images: Tensor) -> Callable[[], None]:

@@ -23,6 +23,7 @@ import gtp_kernels
 from benchmarks.measure import provenance
 from benchmarks.registry import Setting
 from gtp_kernels import backends
+from gtp_kernels.ops.live import unchecked_live_merge, unchecked_live_select
 from gtp_kernels.ops.select_propagate import unchecked_select_residual
 from gtp_vit.timing import Spread
 
@@ -32,7 +33,10 @@ BURST = 20
 
 
 def steps(setting: Setting) -> dict[str, Call]:
-    """The steps of a block of DeiT-S at batch 1; ``block`` is the attention and the rest in one call, as in gtp_vit."""
+    """The steps of a block of DeiT-S at batch 1; ``block`` is the attention and the rest in one call, as in gtp_vit.
+
+    ``live block`` is that with live edges, of ``attention``, ``importance``, ``live selection`` and ``live step``.
+    """
     heads, size, side = (2, 16, 4) if setting.tiny else (6, 64, 14)
     channels, num_tokens, num_prop = heads * size, side * side + 1, setting.num_prop
     q, k, v = setting.randn(1, num_tokens, 3, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
@@ -56,6 +60,20 @@ def steps(setting: Setting) -> dict[str, Call]:
     def block() -> object:
         return choose_and_step(attend()[1])
 
+    live, sizes = gtp_kernels.live_graph(graph), torch.ones(1, num_tokens, device=x.device)
+
+    def live_selection() -> gtp_kernels.LiveSelection:
+        return unchecked_live_select(k, importance, live, num_prop, sizes, 0.25, 1)
+
+    found = live_selection()
+
+    def live_step(found: gtp_kernels.LiveSelection = found) -> object:
+        return unchecked_live_merge(x, branch, found, None, weight, bias, 1e-6, "layer", 1)
+
+    def live_block() -> object:
+        weighed = gtp_kernels.token_importance(attend()[1])
+        return live_step(unchecked_live_select(k, weighed, live, num_prop, sizes, 0.25, 1))
+
     return {
         "attention": attend,
         "importance": lambda: gtp_kernels.token_importance(scores),
@@ -63,6 +81,9 @@ def steps(setting: Setting) -> dict[str, Call]:
         "residual step": residual,
         "importance to residual step": choose_and_step,
         "block": block,
+        "live selection": live_selection,
+        "live step": live_step,
+        "live block": live_block,
         "graph, once": lambda: gtp_kernels.build_graph(x, (side, side)),
     }
 

@@ -39,6 +39,7 @@ OP_BASELINES = (
     "topk",
     "plain",
     "add+norm",
+    "tome",
 )
 
 Report = dict[str, Any]
@@ -69,7 +70,9 @@ def _device(name: str, steps: Mapping[str, Report]) -> Iterator[str]:
     commits = sorted({str(report.get("commit") or report.get("source")) for report in steps.values()})
     yield f"**{first['device']}**, {versions}; commit {', '.join(commits)}; `benchmarks/results/{name}/`."
     if "models" in steps:
-        yield _models(_results(steps["models"]))
+        models, live = _split(_results(steps["models"]))
+        yield _models(models)
+        yield from _live(live)
     if "ops" in steps:
         yield _ops(_results(steps["ops"]))
     yield "; ".join(_statuses(steps)) + "."
@@ -83,11 +86,18 @@ def render_cpu(folder: Path) -> str:
         results = [result for result in _results(report) if "median" in result]
         origin = f"{report['threads']} threads, torch {report['torch']}; commit {report['commit']}"
         parts.append(f"**{report['device']}**, {origin}; `benchmarks/results/{path.parent.name}/lines.json`.")
-        models = [result for result in results if "model" in result]
-        parts.append(_cpu_models([result for result in models if result.get("propagation") != "LiveGraph"]))
-        parts += _cpu_live([result for result in models if result.get("propagation") == "LiveGraph"])
+        models, live = _split(result for result in results if "model" in result)
+        parts.append(_cpu_models(models))
+        parts += _live(live)
         parts.append(_cpu_attention([result for result in results if result["case"] == "attention"]))
     return "\n\n".join(parts) or "Not yet measured."
+
+
+def _split(results: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of models, and those with live edges, which have other baselines."""
+    results = list(results)
+    live = [result for result in results if result.get("propagation") == "LiveGraph"]
+    return [result for result in results if result not in live], live
 
 
 def _cpu_models(results: list[dict[str, Any]]) -> str:
@@ -103,11 +113,12 @@ def _cpu_models(results: list[dict[str, Any]]) -> str:
     return "End to end, ×: larger is faster; one number for each P.\n\n" + _table(head, rows)
 
 
-def _cpu_live(results: list[dict[str, Any]]) -> list[str]:
-    rows = [
-        [r["model"], str(r["batch"]), r["dtype"], str(r["num_prop"]), _times(r, "tome"), _times(r, "GraphProp")]
-        for r in results
-    ]
+def _live(results: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for r in results:
+        row = [r["model"], str(r["batch"]), r["dtype"], str(r["num_prop"])]
+        several = [_times(r, "tome"), _times(r, "GraphProp")] if "median" in r else ["wrong result", ""]
+        rows.append([*row, *several])
     head = ['`propagation="LiveGraph"`', "batch", "type", "P", "× ToMe", "× GraphProp"]
     return [_table(head, rows)] if rows else []
 

@@ -3,8 +3,9 @@
 Baselines: ``sdpa`` is torch's fused attention, which gives no scores (on a GPU also each of its backends);
 ``sdpa+bias`` the same with log token scales; ``definition`` is the plain PyTorch reference, and ``definition compiled``
 the same under torch.compile. A baseline that cannot run on a machine is left out there, with the reason.
-``plain`` is what one would write with torch's own functions. On a GPU also: ``sdpa+sums``, where a kernel of its own
-computes the scores of the whole map; ``kthvalue`` and ``topk``, which only find the threshold of a map that is there.
+``plain`` is what one would write with torch's own functions; ``tome`` what ToMe does in the place of live edges. On a
+GPU also: ``sdpa+sums``, where a kernel of its own computes the scores of the whole map; ``kthvalue`` and ``topk``, which
+only find the threshold of a map that is there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gtp_kernels
+from benchmarks import tome
 from gtp_kernels import reference
 
 Call = Callable[[], object]
@@ -255,11 +257,111 @@ def _close_graphs(ours: Callable[[], Tensor], definition: Callable[[], Tensor]) 
         raise AssertionError("the graphs differ")
 
 
+def live_cases(setting: Setting) -> Iterator[Case]:
+    """Live edges: the graph, once per forward; the selection and the step, in every block."""
+    if setting.tiny:
+        shapes, graphs = [(2, 4, 2, 16, 0)], [(2, 4)]
+    elif setting.on_gpu:
+        # batch, side of the grid, heads, head size, rows that left before: 0, and what 10 blocks of 8 leave of 196
+        shapes = [(128, 14, heads, 64, left) for heads in (6, 12) for left in (0, 80)] + [(32, 28, 12, 64, 0)]
+        graphs = [(128, 14), (32, 28)]
+    else:
+        shapes, graphs = [(16, 14, 6, 64, 0), (16, 14, 6, 64, 80)], [(16, 14)]
+    for batch, side in graphs:
+        yield _live_graph_case(setting, batch, side)
+    for shape in shapes:
+        yield from _live_block_cases(setting, *shape)
+
+
+def _live_graph_case(setting: Setting, batch: int, side: int) -> Case:
+    graph = gtp_kernels.build_graph(setting.randn(batch, side * side + 1, 64), (side, side))
+    ours, definition = partial(gtp_kernels.live_graph, graph), partial(reference.live_graph, graph)
+
+    def check() -> None:
+        found, expected = ours(), definition()
+        if not (torch.equal(found.indptr, expected.indptr) and torch.equal(found.indices, expected.indices)):
+            raise AssertionError("the edges differ")
+
+    calls: dict[str, Call] = {"ours": ours, "definition": definition}
+    _add_compiled(setting, calls, definition)
+    moved = 4 * (2 * graph.indptr.numel() + graph.indices.numel() + ours().indices.numel())
+    about = {"tokens": side * side + 1, "channels": 0, "arithmetic": "int32"}
+    return Case("live", f"graph B{batch} n{side * side}", calls, check, moved, about=about)
+
+
+def _live_block_cases(setting: Setting, batch: int, side: int, heads: int, size: int, left: int) -> Iterator[Case]:
+    n, channels, num_prop = side * side, heads * size, min(setting.num_prop, side * side // 4)
+    keys, x, branch = (setting.randn(batch, n + 1, channels) for _ in range(3))
+    k = keys.unflatten(2, (heads, size)).transpose(1, 2)
+    live, sizes = gtp_kernels.live_graph(gtp_kernels.build_graph(x, (side, side))), setting.rand(batch, n + 1) + 1
+    importance = setting.rand(batch, n)
+    if left:
+        earlier = gtp_kernels.live_select(k, importance, live, left, sizes)
+        live, sizes, num_tokens = earlier.live, earlier.sizes, n + 1 - left
+        k, x, branch, importance = k[:, :, :num_tokens], x[:, :num_tokens], branch[:, :num_tokens], importance[:, left:]
+        x, branch, importance = x.contiguous(), branch.contiguous(), importance.contiguous()
+    num_tokens, items = n + 1 - left, (batch, n - left)
+    shape = f"B{batch} N{num_tokens} C{channels} P{num_prop}"
+
+    select = partial(gtp_kernels.live_select, k, importance, live, num_prop, sizes)
+    definition = partial(reference.live_select, k, importance, live, num_prop, sizes)
+    matching = partial(_tome_matching, k, num_prop)
+
+    def stays(found: gtp_kernels.LiveSelection) -> Tensor:
+        return torch.zeros(items, device=k.device).scatter_(1, found.index_kept - 1, 1.0)
+
+    def check_select() -> None:
+        # Scores within rounding of each other may take each other's place.
+        if (stays(select()) != stays(definition())).float().mean() > 0.01:
+            raise AssertionError("the selections differ")
+
+    # The definition holds the matrix of all edges and decides row by row: too slow to be timed at full size.
+    calls: dict[str, Call] = {"ours": select, "tome": matching}
+    if setting.tiny:
+        calls["definition"] = definition
+    edges = int(live.indptr[:, -1].sum())
+    moved = k.numel() * k.element_size() + 4 * (edges + 2 * live.rep.numel() + 3 * batch * num_tokens)
+    about = {"tokens": num_tokens, "head_size": size}
+    yield Case("live", f"select {shape}", calls, check_select, moved, 2 * edges * size, about=about)
+
+    selection, matched = select(), matching()
+    weight, bias = setting.randn(channels), setting.randn(channels)
+    affine = {"norm_weight": weight, "norm_bias": bias}
+    merge = partial(gtp_kernels.live_merge, x, branch, selection, **affine)
+    merged = partial(reference.live_merge, x, branch, selection, **affine)
+
+    def tome_merge() -> Tensor:
+        rows, _ = tome.merge(x + branch, sizes, matched, 1)
+        return F.layer_norm(rows, (channels,), weight, bias, 1e-6)
+
+    def check_merge() -> None:
+        tolerance = 16 * torch.finfo(setting.dtype).eps
+        for name, out, expected in zip(("x", "normed"), merge(), merged(), strict=True):
+            agree(name, out, expected, tolerance)
+
+    calls = {
+        "ours": merge,
+        "add+norm": lambda: F.layer_norm(x + branch, (channels,), weight, bias, 1e-6),
+        "tome": tome_merge,
+        "definition": merged,
+    }
+    _add_compiled(setting, calls, merged)
+    row = batch * channels * x.element_size()
+    moved = 2 * num_tokens * row + 2 * (num_tokens - num_prop) * row
+    about = {"tokens": num_tokens, "channels": channels}
+    yield Case("live", f"merge {shape}", calls, check_merge, moved, about=about)
+
+
+def _tome_matching(k: Tensor, r: int) -> tome.Matching:
+    return tome.bipartite_soft_matching(k.mean(1)[:, 1:], r)
+
+
 OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "attention": attention_cases,
     "select": select_cases,
     "propagate": propagate_cases,
     "graph": graph_cases,
+    "live": live_cases,
 }
 
 

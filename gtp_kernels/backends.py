@@ -238,9 +238,11 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def _sizes(op: str, tensor: Tensor, num_prefix: int) -> tuple[int, int]:
-    """N, and the head size or the channels (0 for ``select``, which has neither)."""
+    """N, and the head size or the channels, whichever the tensor has; 0 for importance and for a graph's ``indptr``."""
     if op == "select":
         return tensor.shape[-1] + num_prefix, 0
+    if not tensor.is_floating_point():
+        return tensor.shape[-1], 0
     return tensor.shape[-2], tensor.shape[-1]
 
 
@@ -260,9 +262,9 @@ def _covered(classes: tuple[tuple[int, int, int], ...], tokens: int, width: int)
 def evidence() -> tuple[dict[str, Any], ...]:
     """The shape classes for which ``cuda`` was measured to be right and faster than ``triton``.
 
-    Each says ``op``, ``capability`` of the device ("9.0"), ``dtype``, ``head_size`` (attention) or ``channels`` (0 for
-    ``select``), ``tokens`` (the lowest and the highest N), ``speedup`` over triton, and the ``file`` and ``commit`` of
-    the measurement. Written by ``python -m benchmarks.evidence``.
+    Each says ``op``, ``capability`` of the device ("9.0"), ``dtype``, ``head_size`` or ``channels`` (of what decides; 0
+    where it has neither), ``tokens`` (the lowest and the highest N), ``speedup`` over triton, and the ``file`` and
+    ``commit`` of the measurement. Written by ``python -m benchmarks.evidence``.
     """
     return tuple(json.loads(EVIDENCE.read_text()))
 
@@ -279,7 +281,7 @@ def _classes(op: str, dtype: torch.dtype, device_index: int | None) -> tuple[tup
         return ()
     about = {"op": op, "capability": "{}.{}".format(*capability), "dtype": str(dtype).removeprefix("torch.")}
     found = [entry for entry in evidence() if about.items() <= entry.items()]
-    return tuple((*entry["tokens"], entry["head_size" if op == "attention" else "channels"]) for entry in found)
+    return tuple((*entry["tokens"], entry["head_size" if "head_size" in entry else "channels"]) for entry in found)
 
 
 def _choose(

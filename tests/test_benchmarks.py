@@ -243,7 +243,7 @@ def test_the_threshold_of_a_stored_map() -> None:
 def test_the_host_time_of_a_block() -> None:
     found = overhead.measure(CPU, ("cpu", "cuda"), rounds=2)
     steps = ["attention", "importance", "selection", "residual step", "importance to residual step"]
-    steps += ["block", "graph, once"]
+    steps += ["block", "live selection", "live step", "live block", "graph, once"]
     assert list(found["cpu"]) == steps
     assert found["cpu"]["block"]["median"] > 0
     assert found["cpu"]["block"]["launches"] is None
@@ -324,8 +324,8 @@ def test_every_timed_op_says_its_shape_class() -> None:
     for op, cases in registry.OPS.items():
         for case in cases(CPU):
             assert case.about["tokens"] > 0
-            assert ("head_size" in case.about) == (op == "attention")
-            assert ("channels" in case.about) == (op != "attention")
+            assert ("head_size" in case.about) != ("channels" in case.about)
+            assert op != "attention" or "head_size" in case.about
 
 
 def test_what_was_not_built_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,9 +481,15 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     ratio = {"timm": 0.5, "slicing": 1.0, "tome": 0.8, "cuda": 1.25}
     model = timed("deit", "B128 P8", ratio, per_second={"ours": 43210.0}, **about)
     wrong = {"case": "graph", "shape": "B2", "dtype": "bfloat16", "error": "differs"}
+    live = timed("deit LiveGraph", "B128 P8", {"GraphProp": 1.25, "tome": 0.5}, propagation="LiveGraph", **about)
+    wrong_live = {**about, "dtype": "bfloat16", "propagation": "LiveGraph", "num_prop": 14, "error": "differs"}
     op = timed("attention", "B128 N197", {"sdpa": 0.8}, ceiling_share=0.61)
+    pieces = {
+        "deit": {"status": "passed", "results": [model]},
+        "deit LiveGraph": {"status": "failed", "results": [live, wrong_live]},
+    }
     reports = {
-        "nvidia-h200/models.json": gpu_report("models", {"deit": {"status": "passed", "results": [model]}}),
+        "nvidia-h200/models.json": gpu_report("models", pieces),
         "nvidia-h200/ops.json": gpu_report("ops", {"attention": {"status": "failed", "results": [op, wrong]}}),
         "nvidia-h200/tests.json": gpu_report(
             "tests", {"test_select.py": {"status": "passed", "tests": 9, "skipped": 2, "failures": 0, "errors": 0}}
@@ -500,6 +506,8 @@ def test_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     text = readme.render(found)
     assert "**NVIDIA H200**, driver 580.1, CUDA 13.0, torch 2.11.0, Triton 3.6.0; commit abc1234" in text
     assert "| deit_small_patch16_224 | 128 | 8 | bfloat16 | 43,210 | 2.00 | 1.00 | 1.25 | 0.80 |" in text
+    assert "| deit_small_patch16_224 | 128 | bfloat16 | 8 | 2.00 | 0.80 |" in text
+    assert "| deit_small_patch16_224 | 128 | bfloat16 | 14 | wrong result |  |" in text
     assert "| attention | B128 N197 | bfloat16 | 20.0 | 1.25 | 61% |" in text
     assert "| graph | B2 | bfloat16 | wrong result |" in text
     assert "tests: 7 ran, 0 failed" in text

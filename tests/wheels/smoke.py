@@ -1,11 +1,13 @@
 """``python smoke.py [RELEASE]``: an installed wheel, in an environment that has no source tree. Run by matrix.py.
 
-The ops on the native CPU kernels against the reference, a compiled op, and a small patched model, with live edges too.
+The ops on the native CPU kernels against the reference, a compiled op, and a patched model of two blocks, with live
+edges too, traced by the compiler's front end as well.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,16 +43,31 @@ def model() -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
+    # Layers of a size from which on they are fused.
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16
-    )
+        hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536, image_size=128,
+        patch_size=16,
+    )  # fmt: skip
     vit = ViTForImageClassification(config).eval()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 128, 128)
     with torch.inference_mode():
         plain = vit(images).logits
         for propagation in ("GraphProp", "LiveGraph"):
             gtp_vit.patch(vit, num_prop=3, num_neighbours=4, propagation=propagation)
             patched = vit(images).logits
+            traced: set[str] = set()
+
+            def trace(
+                graph: torch.fx.GraphModule, inputs: list[object], traced: set[str] = traced
+            ) -> Callable[..., object]:
+                traced |= {str(node.target) for node in graph.graph.nodes}
+                return graph.forward
+
+            torch._dynamo.reset()
+            compiled = torch.compile(vit, fullgraph=True, backend=trace)
+            torch.testing.assert_close(compiled(images).logits, patched, rtol=1e-4, atol=1e-4)
+            if torch.backends.mkldnn.is_available():
+                assert any(name.startswith("gtp_vit.linear") for name in traced), traced
             with gtp_kernels.use_backend("reference"):
                 torch.testing.assert_close(patched, vit(images).logits, rtol=1e-4, atol=1e-4)
             gtp_vit.unpatch(vit)
