@@ -4,8 +4,8 @@ Baselines: ``sdpa`` is torch's fused attention, which gives no scores (on a GPU 
 ``sdpa+bias`` the same with log token scales; ``definition`` is the plain PyTorch reference, and ``definition compiled``
 the same under torch.compile. A baseline that cannot run on a machine is left out there, with the reason.
 ``plain`` is what one would write with torch's own functions; ``tome`` what ToMe does in the place of live edges. On a
-GPU also: ``sdpa+sums``, where a kernel of its own computes the scores of the whole map; ``kthvalue`` and ``topk``, which
-only find the threshold of a map that is there.
+GPU also: ``sdpa+sums``, where a kernel of its own computes the scores of the whole map; ``kthvalue`` and ``topk``,
+which only find the threshold of a map that is there.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def _live_block_cases(setting: Setting, batch: int, side: int, heads: int, size:
 
     selection, matched = select(), matching()
     weight, bias = setting.randn(channels), setting.randn(channels)
-    affine = {"norm_weight": weight, "norm_bias": bias}
+    affine: dict[str, Any] = {"norm_weight": weight, "norm_bias": bias}
     merge = partial(gtp_kernels.live_merge, x, branch, selection, **affine)
     merged = partial(reference.live_merge, x, branch, selection, **affine)
 
