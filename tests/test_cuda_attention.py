@@ -87,6 +87,14 @@ def test_matches_definition(attention: Attention, arguments: tuple[str, int, int
     check(attention, *arguments)
 
 
+def test_images_of_heads(attention: Attention) -> None:
+    for heads in (*range(1, 34), 65535, 65537, 2**30 + 1, 2**31 - 1):
+        for image in (0, 1, 2, 1000, (2**31 - 1) // heads):
+            for head in (image * heads - 1, image * heads, image * heads + heads - 1):
+                if 0 <= head < 2**31:
+                    assert attention.library.image_of(heads, head) == head // heads
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [64, 197])
 def test_the_search_of_the_whole_map_finds_the_same_threshold(attention: Attention, form: str, tokens: int) -> None:

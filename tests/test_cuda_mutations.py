@@ -14,7 +14,7 @@ from emulated import CSRC, build
 TESTS = Path(__file__).parent
 # For each stem the tests that notice, by pytest's -k.
 NOTICED_BY = {
-    "attention": "matches_definition or every_rank or ties",
+    "attention": "matches_definition or every_rank or ties or images",
     "graph": "ties or numbers_of_neighbours",
     "live": "matches_definition or graph or all_but_one or many_tokens or no_number",
     "propagate": "residual_step or test_select or test_propagate or merge",
@@ -25,12 +25,17 @@ MUTATIONS = [
     ("attention", "attention_map.cuh", "load_matrices<true>", "load_matrices<false>"),
     ("attention", "attention_map.cuh", "p[1] = pack(left[2], left[3], T());", "p[1] = pack(right[0], right[1], T());"),
     ("attention", "attention_map.cuh", "int half = 4, mask = 16", "int half = 4, mask = 8"),
-    ("attention", "attention_threshold.cuh", "rank <= below + here", "rank < below + here"),
+    ("attention", "attention_map.cuh", "+ head) >> image_shift", ") >> image_shift"),
+    ("attention", "attention_map.cuh", "r + kStep <= kSure || row < tokens", "r <= kSure || row < tokens"),
+    ("attention", "attention_threshold.cuh", "bin += b.upto[i] < here;", "bin += b.upto[i] <= here;"),
+    ("attention", "attention_threshold.cuh", "before == rank - 1", "before == rank"),
+    ("attention", "attention_threshold.cuh", "(other == key && i < lane_id())", "other == key"),
     ("attention", "attention_threshold.cuh", "    rank -= state[1];\n", ""),
     ("attention", "attention.cuh", " && inside <= Form::kRoom", ""),
     ("attention", "attention.cuh", "query = first_query() + 8 * i;", "query = first_query() + 8 * (i ^ 1);"),
     ("attention", "attention.cuh", "k);\n    sync_block();\n    load_keys(", "k);\n    load_keys("),
-    ("attention", "attention.cuh", "rank + Form::kCount", "rank + 1 + Form::kCount"),
+    ("attention", "attention.cuh", "i % 2 * 2 + 1]", "i % 2 * 2]"),
+    ("attention", "attention_run.cuh", "rank + Form::kCount", "rank + 1 + Form::kCount"),
     ("attention", "attention_sweep.cuh", "sum[half] *= ", "sum[half] += 0 * "),
     (
         "attention",

@@ -41,7 +41,7 @@ MapParams map_params(const AttentionParams& a, void* workspace) {
   p.vectors[1] = whole_vectors(a.k, a.stride_k, a.head_size);
   p.vectors[2] = whole_vectors(a.v, a.stride_v, a.head_size);
   p.heads = static_cast<unsigned>(a.batch * a.heads);
-  p.image_heads = static_cast<unsigned>(a.heads);
+  set_image_heads(p, static_cast<unsigned>(a.heads));
   p.workspace = static_cast<unsigned char*>(workspace);
   p.row_blocks = static_cast<int>((a.tokens + kSweepRows - 1) / kSweepRows);
   p.room = static_cast<int>(24 * a.tokens + 1024);

@@ -30,9 +30,20 @@ struct RegisterForm {
   // One tile of keys in so many is the sample.
   static constexpr int kSampleStep = kRows > 1 ? 16 : kSteps >= 7 ? 8 : kSteps >= 4 ? 4 : 1;
   static constexpr int kRoom = kCount / 12;  // candidates
-  static constexpr int kState = 8;
-  // While the threshold is sought, two histograms, the state and the candidates; then the column sums of each warp.
-  static constexpr size_t kSelecting = sizeof(int) * (2 * kBins + kState + kRoom);
+  static constexpr GTP_HOST_DEVICE bool is_sampled(int tile, int warp) {
+    return (tile + warp) % kSampleStep == 0;
+  }
+  static constexpr int sampled() {
+    int count = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      for (int tile = 0; tile < kRows * kTiles; ++tile) count += is_sampled(tile, warp) ? 4 * kLanes : 0;
+    }
+    return count;
+  }
+  static constexpr int kState = 16;
+  // While the threshold is sought, three histograms, the state and the candidates; then the column sums of each warp.
+  static constexpr int kCounters = 3 * kBins + kState;
+  static constexpr size_t kSelecting = sizeof(int) * (kCounters + kRoom);
   static constexpr size_t kSumming = sizeof(float) * kWarps * kTokens;
   static constexpr size_t kBytes = Tile<kSize>::bytes(kQueries) + 2 * Tile<kSize>::bytes(kTokens) +
                                    2 * sizeof(float) * kTokens + (kSelecting > kSumming ? kSelecting : kSumming);
@@ -52,73 +63,78 @@ struct Number {
 };
 
 // T of the map in the registers of a block, by all its threads. The zeros that pad the map are below all its values, or
-// equal to the lowest: they move the rank. `scratch` holds RegisterForm::kSelecting bytes.
+// equal to the lowest: they move the rank. `scratch` holds RegisterForm::kSelecting bytes, kCounters zeros first.
 template <class Form>
-GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int64_t rank, int64_t tokens, bool force_miss,
+GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int wanted, SampleRanks ranks, bool force_miss,
                                         int* scratch) {
   constexpr int kTiles = Form::kTiles;
-  const int wanted = forget(static_cast<int>(rank + Form::kCount - tokens * tokens));
   int* const coarse = scratch;
   int* const fine = scratch + kBins;
-  int* const state = scratch + 2 * kBins;
-  uint32_t* const candidates = reinterpret_cast<uint32_t*>(scratch + 2 * kBins + Form::kState);
+  int* const digits = scratch + 2 * kBins;
+  int* const state = scratch + 3 * kBins;  // of radix_select; then counts, and a range
+  int* const counts = state + 4;
+  int* const range_there = state + 8;
+  uint32_t* const candidates = reinterpret_cast<uint32_t*>(scratch + Form::kCounters);
   const auto each = [&](const auto& f) {
     GTP_UNROLL
     for (int i = 0; i < Form::kRows * kTiles * 4; ++i) f(bits_of(s[i / 4 / kTiles][i / 4 % kTiles][i % 4]));
   };
   const auto sample = [&](const auto& f) {
+    // One branch for a warp, or where there is no register to spare one for every tile.
+    constexpr int kBranches = Form::kRows > 1 ? 1 : Form::kSampleStep;
+    const int warp = warp_id(), turn = forget(warp % kBranches);
     GTP_UNROLL
-    for (int tile = 0; tile < Form::kRows * kTiles; ++tile) {
-      if ((tile + warp_id()) % Form::kSampleStep) continue;
+    for (int of = 0; of < kBranches; ++of) {
+      if (turn != of) continue;
       GTP_UNROLL
-      for (int i = 0; i < 4; ++i) f(bits_of(s[tile / kTiles][tile % kTiles][i]));
+      for (int tile = 0; tile < Form::kRows * kTiles; ++tile) {
+        if (!Form::is_sampled(tile, kBranches > 1 ? of : warp)) continue;
+        GTP_UNROLL
+        for (int i = 0; i < 4; ++i) f(bits_of(s[tile / kTiles][tile % kTiles][i]));
+      }
     }
   };
-  GTP_NO_UNROLL
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * kBins + Form::kState; i += Form::kThreads) scratch[i] = 0;
-  sync_block();
   sample([&](uint32_t key) { atomic_add(coarse + coarse_bin(key), 1); });
   sync_block();
-  const Range range = fine_range(coarse, wanted, Form::kCount);
+  Range range = fine_range(coarse, ranks);
+  if (threadIdx.x == 0) *reinterpret_cast<Range*>(range_there) = range;
   sample([&](uint32_t key) {
     const int bin = fine_bin(key, range);
     if (bin >= 0) atomic_add(fine + bin, 1);
   });
   sync_block();
-  Bracket bracket = bracket_of(coarse, fine, wanted, Form::kCount);  // the range again, not kept in registers
-  int below = 0, inside = 0;
+  range = *reinterpret_cast<const Range*>(range_there);
+  Bracket bracket = bracket_of(range, fine, ranks);
+  int below = 0, upto = 0;
   each([&](uint32_t key) {
-    below += key < bracket.low;
-    inside += key >= bracket.low && key < bracket.high;
+    count_below(below, key, bracket.low);
+    count_below(upto, key, bracket.high);
   });
+  int inside = upto - below;
   const int last = scan_lanes(inside);
   int at = 0;
-  if (lane_id() == kLanes - 1) at = atomic_add(state + 1, last);
+  if (lane_id() == kLanes - 1) at = atomic_add(counts + 1, last);
   at = shuffle(at, kLanes - 1) + last - inside;
   below = sum_lanes(below);
-  if (lane_id() == 0) atomic_add(state, below);
+  if (lane_id() == 0) atomic_add(counts, below);
   bracket = {forget(bracket.low), forget(bracket.high)};
-  each([&](uint32_t key) {
-    if (key >= bracket.low && key < bracket.high) {
-      if (at < Form::kRoom) candidates[at] = key;
-      ++at;
-    }
-  });
+  if (at + inside <= Form::kRoom) {
+    Address end = shared_address(candidates + at);
+    each([&](uint32_t key) { append_within(end, key, bracket.low, bracket.high - bracket.low); });
+  }
   sync_block();
-  below = state[0];
-  inside = state[1];
-  GTP_NO_UNROLL
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += Form::kThreads) fine[i] = 0;
-  sync_block();
+  below = counts[0];
+  inside = counts[1];
   if (below < wanted && wanted <= below + inside && inside <= Form::kRoom && !force_miss) {
     const auto collected = [&](const auto& f) {
       GTP_NO_UNROLL
       for (int i = static_cast<int>(threadIdx.x); i < inside; i += Form::kThreads) f(candidates[i]);
     };
     const int bits = 32 - leading_zeros(bracket.high - bracket.low - 1);
-    return float_of(radix_select(collected, bracket.low, bits, wanted - below, fine, state));
+    uint32_t* const few = reinterpret_cast<uint32_t*>(coarse);
+    return float_of(radix_select(collected, bracket.low, bits, wanted - below, digits, state, few));
   }
-  return float_of(radix_select(each, 0u, 32, wanted, fine, state));
+  return float_of(radix_select(each, 0u, 32, wanted, digits, state));
 }
 
 // One block per multiprocessor or a few; each takes heads blockIdx.x, blockIdx.x + gridDim.x, ...
@@ -141,19 +157,20 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   const auto rows_of_warp = [&] { return thread() / kLanes * 16 * kRows; };
   const auto first_query = [&] { return rows_of_warp() + thread() % kLanes / 4; };  // its queries are 8 apart
   const int tokens = static_cast<int>(p.a.tokens), size = static_cast<int>(p.a.head_size);
-  const auto load = [&](unsigned char* tile, int rows, const void* array, const int64_t (&stride)[4], bool vectors,
+  const auto load = [&](unsigned char* tile, auto rows, const void* array, const int64_t (&stride)[4], bool vectors,
                         unsigned head) {
     if (head >= p.heads) return;
-    const void* const source = head_of(array, stride, head, p.image_heads);
-    Tiles::load(tile, rows, source, stride[2], stride[3], vectors, 0, tokens, size);
+    const void* const source = head_of(p, array, stride, head);
+    constexpr int kThere = decltype(rows)::value, kSure = 8 * kBefore + 1;
+    Tiles::template load_all<Form::kThreads, kThere, kSure>(tile, source, stride[2], stride[3], vectors, tokens, size);
   };
   const auto load_keys = [&](unsigned head) {
-    load(q, Form::kQueries, p.a.q, p.a.stride_q, p.vectors[0], head);
-    load(k, Form::kTokens, p.a.k, p.a.stride_k, p.vectors[1], head);
+    load(q, Number<Form::kQueries>(), p.a.q, p.a.stride_q, p.vectors[0], head);
+    load(k, Number<Form::kTokens>(), p.a.k, p.a.stride_k, p.vectors[1], head);
     commit_copies();
   };
   const auto load_values = [&](unsigned head) {
-    load(v, Form::kTokens, p.a.v, p.a.stride_v, p.vectors[2], head);
+    load(v, Number<Form::kTokens>(), p.a.v, p.a.stride_v, p.vectors[2], head);
     commit_copies();
   };
   // f(value of the map, which of this lane's queries, tile, key).
@@ -171,7 +188,11 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   load_values(blockIdx.x);
   GTP_NO_UNROLL
   for (unsigned head = blockIdx.x; head < p.heads; head += gridDim.x) {
-    load_log_scales(log_scales, p, head / p.image_heads, 0, Form::kTokens);
+    load_log_scales(log_scales, p, p.image_of(head), 0, Form::kTokens);
+    if (p.wanted > 0) {
+      GTP_NO_UNROLL
+      for (int i = static_cast<int>(threadIdx.x); i < Form::kCounters; i += Form::kThreads) scratch[i] = 0;
+    }
     wait_copies<1>();
     sync_block();
     GTP_UNROLL
@@ -191,20 +212,27 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     GTP_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) largest[i] = max_lanes<4>(largest[i]);
     each([&](float& value, int query, int, int) {
-      value = exp2_fast(value - largest[query]);
+      value = exp2_fast<(kRows > 1)>(value - largest[query]);
       sum[query] += value;
     });
     GTP_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) sum[i] = 1.0f / sum_lanes<4>(sum[i]);
     // What pads the map to whole tiles is zero, in a row of NaN too.
     const int first = first_query();
-    each([&](float& value, int query, int tile, int key) {
-      const bool is_value = first + 8 * query < tokens && (tile < kBefore || key < tokens);
-      value = is_value ? value * sum[query] : 0.0f;
-    });
+    const auto share = [&](bool is_query) {
+      return [&, is_query](float& value, int query, int tile, int key) {
+        const bool is_value = (is_query || first + 8 * query < tokens) && (tile < kBefore || key < tokens);
+        value = is_value ? value * sum[query] : 0.0f;
+      };
+    };
+    if (kRows == 1 && rows_of_warp() + 16 <= tokens) {
+      each(share(true));
+    } else {
+      each(share(false));
+    }
 
-    if (p.a.rank > 0) {
-      const float threshold = threshold_in_registers<Form>(s, p.a.rank, p.a.tokens, p.a.force_miss, scratch);
+    if (p.wanted > 0) {
+      const float threshold = threshold_in_registers<Form>(s, p.wanted, p.ranks, p.a.force_miss, scratch);
       sync_block();
       // NaN is not below a threshold and stays, as does everything where the threshold is NaN.
       each([&](float& value, int, int, int) { value = value < threshold ? 0.0f : value; });
@@ -228,10 +256,16 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     // On the diagonal, lane (g, t) has a value where t is g / 2: of the pair g % 2 of query g against keys 0 to 7, and
     // of query g + 8 against keys 8 to 15.
     float on_diagonal[2 * kRows] = {};
-    const int tile_of_warp = rows_of_warp() / 8, parity = thread() / 4 % 2;
-    each([&](float& value, int query, int tile, int key) {
-      if (tile == tile_of_warp + query && key % 2 == parity) on_diagonal[query] = value;
-    });
+    const bool odd = thread() / 4 % 2;
+    GTP_UNROLL
+    for (int w = 0; w < kWarps; ++w) {
+      if ((kRows > 1 ? warp_id() : forget(warp_id())) != w) continue;  // hidden, so that no array is made of it
+      GTP_UNROLL
+      for (int i = 0; i < 2 * kRows; ++i) {
+        const int tile = 2 * kRows * w + i, there = smaller(tile, kTiles - 1);
+        on_diagonal[i] = odd ? s[i / 2][there][i % 2 * 2 + 1] : s[i / 2][there][i % 2 * 2];
+      }
+    }
     float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(head) * tokens;
     GTP_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) {

@@ -5,6 +5,7 @@
 // (g + 8, 2t + 1).
 #pragma once
 
+#include "cuda/attention_threshold.cuh"
 #include "cuda/kernels.h"
 #include "cuda/warp.cuh"
 
@@ -17,9 +18,25 @@ struct MapParams {
   float scale_log2 = 1;                 // logits are to the base 2
   bool vectors[3] = {};                 // q, k, v: rows of whole, aligned 16-byte vectors
   unsigned heads = 0, image_heads = 1;  // of all images, of one
+  uint32_t image_factor = 1;            // 1 / image_heads, with image_shift, for image_of
+  int image_shift = 0;
   unsigned char* workspace = nullptr;
   int row_blocks = 0, room = 0;  // of one head: blocks of queries, candidates for the threshold
+  int wanted = 0;                // the rank of the threshold in the map as the kernel holds it
+  SampleRanks ranks;             // and in its sample
+
+  // The image of a head of all images: its number divided by image_heads.
+  GTP_DEVICE unsigned image_of(unsigned head) const {
+    return (static_cast<uint32_t>(static_cast<uint64_t>(image_factor) * head >> 32) + head) >> image_shift;
+  }
 };
+// A division of numbers below 2^31 as a product (Granlund and Montgomery, 1994).
+inline void set_image_heads(MapParams& p, unsigned heads) {
+  p.image_heads = heads;
+  p.image_shift = 0;
+  while ((uint64_t{1} << p.image_shift) < heads) ++p.image_shift;
+  p.image_factor = static_cast<uint32_t>((((uint64_t{1} << p.image_shift) - heads) << 32) / heads + 1);
+}
 
 // Rows of kSize values of 16 bits in shared memory, so placed that the 8 rows that an instruction reads are in 8
 // different groups of banks.
@@ -61,11 +78,33 @@ struct Tile {
       }
     }
   }
+
+  // The same for kRows rows from the first one on, by kThreads threads; with vectors without a loop. There are at
+  // least kSure rows.
+  template <int kThreads, int kRows, int kSure>
+  static GTP_DEVICE void load_all(unsigned char* tile, const void* source, int64_t stride_row, int64_t stride_size,
+                                  bool vectors, int tokens, int size) {
+    constexpr int kStep = kThreads / kChunks;  // rows at a time
+    if (kThreads % kChunks || !vectors)
+      return load(tile, kRows, source, stride_row, stride_size, vectors, 0, tokens, size);
+    const int thread = forget(static_cast<int>(threadIdx.x)), first = thread / kChunks, chunk = thread % kChunks;
+    const uint16_t* from = static_cast<const uint16_t*>(source) + first * stride_row + chunk * 8;
+    GTP_UNROLL
+    for (int r = 0; r < kRows; r += kStep) {
+      const int row = first + r;
+      if (r + kStep <= kRows || row < kRows) {
+        const bool inside = (r + kStep <= kSure || row < tokens) && chunk * 8 < size;
+        copy_async(tile + row * kRowBytes + place(row, chunk), from, inside);
+      }
+      from += kStep * stride_row;
+    }
+  }
 };
 
 // The start of head `head` of all images in q, k or v.
-GTP_DEVICE const void* head_of(const void* array, const int64_t (&stride)[4], unsigned head, unsigned heads) {
-  return static_cast<const uint16_t*>(array) + head / heads * stride[0] + head % heads * stride[1];
+GTP_DEVICE const void* head_of(const MapParams& p, const void* array, const int64_t (&stride)[4], unsigned head) {
+  const unsigned image = p.image_of(head);
+  return static_cast<const uint16_t*>(array) + image * stride[0] + (head - image * p.image_heads) * stride[1];
 }
 
 // s[r] += q k^T for 16 kRows rows of `q` from `row` on, a multiple of 16, and the first 8 kTiles keys of `k`, which
@@ -164,22 +203,31 @@ GTP_DEVICE int column_of_lane() {
 template <class T, int kFirst, int kPairs>
 GTP_DEVICE void store_out(const MapParams& p, unsigned head, int row, const float (&out)[2 * kPairs][4]) {
   const int t = lane_id() % 4, size = forget(static_cast<int>(p.a.head_size));
-  const unsigned heads = p.image_heads;
+  const unsigned heads = p.image_heads, image = p.image_of(head);
+  const bool pairs = size % 2 == 0 && size >= 16 * (kFirst + kPairs);
+  uint16_t* const of_head = static_cast<uint16_t*>(p.a.out) +
+                            (image * p.a.tokens * heads + (head - image * heads)) * p.a.head_size + 16 * kFirst + 2 * t;
   GTP_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int n = row + 8 * half;
     if (n >= static_cast<int>(p.a.tokens)) continue;
-    uint16_t* const target =
-        static_cast<uint16_t*>(p.a.out) + ((head / heads * p.a.tokens + n) * heads + head % heads) * p.a.head_size;
+    uint16_t* const target = of_head + static_cast<int64_t>(n) * (static_cast<int>(heads) * size);
+    if (pairs) {
+      GTP_UNROLL
+      for (int tile = 0; tile < 2 * kPairs; ++tile) {
+        *reinterpret_cast<uint32_t*>(target + 8 * tile) = pack(out[tile][2 * half], out[tile][2 * half + 1], T());
+      }
+      continue;
+    }
     GTP_UNROLL
     for (int tile = 0; tile < 2 * kPairs; ++tile) {
       const int c = 16 * kFirst + 8 * tile + 2 * t;
       const uint32_t pair = pack(out[tile][2 * half], out[tile][2 * half + 1], T());
       if (c + 1 < size && size % 2 == 0) {
-        *reinterpret_cast<uint32_t*>(target + c) = pair;
+        *reinterpret_cast<uint32_t*>(target + 8 * tile) = pair;
       } else {
-        if (c < size) target[c] = static_cast<uint16_t>(pair);
-        if (c + 1 < size) target[c + 1] = static_cast<uint16_t>(pair >> 16);
+        if (c < size) target[8 * tile] = static_cast<uint16_t>(pair);
+        if (c + 1 < size) target[8 * tile + 1] = static_cast<uint16_t>(pair >> 16);
       }
     }
   }

@@ -46,11 +46,17 @@ bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& err
   }
   const int64_t most = static_cast<int64_t>(m.multiprocessors) * Form::kBlocks;
   const Launch l = {"attention_in_registers", p.heads < most ? p.heads : most, 1, Form::kThreads, Form::kBytes};
-  return launch(attention_in_registers<T, kSize, kTiles, kBefore>, p, l, stream, error);
+  MapParams ranked = p;
+  if (p.a.rank > 0) {
+    // The zeros that pad the map are below the threshold.
+    ranked.wanted = static_cast<int>(p.a.rank + Form::kCount - p.a.tokens * p.a.tokens);
+    ranked.ranks = sample_ranks(ranked.wanted, Form::kCount, Form::sampled());
+  }
+  return launch(attention_in_registers<T, kSize, kTiles, kBefore>, ranked, l, stream, error);
 }
 
 template <class T, int kSize>
-bool by_sweeps(const MapParams& p, void* stream, Error& error) {
+bool by_sweeps(MapParams p, void* stream, Error& error) {
   // Heads are the second dimension of the grid, which is limited.
   if (p.heads > 65535) {
     std::snprintf(error.text, sizeof error.text, "B * H is %u; for this N and d it must be at most 65,535", p.heads);
@@ -64,6 +70,8 @@ bool by_sweeps(const MapParams& p, void* stream, Error& error) {
   };
   constexpr size_t kBytes = Sweep<kSize>::kBytes;
   if (p.a.rank > 0) {
+    p.wanted = static_cast<int>(p.a.rank);
+    p.ranks = sample_ranks(p.a.rank, p.a.tokens * p.a.tokens, sampled(p.a.tokens));
     if (!zero_counters(reinterpret_cast<int*>(p.workspace), static_cast<int64_t>(counters / sizeof(int)), stream,
                        error)) {
       return false;

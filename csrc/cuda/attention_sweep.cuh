@@ -12,6 +12,8 @@
 // 2 N^2 d FLOPs a sweep, twice that in output.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/attention_map.cuh"
 #include "cuda/attention_threshold.cuh"
 
@@ -59,7 +61,7 @@ struct Sweep {
   using Tiles = Tile<kSize>;
   static constexpr size_t kQueries = Tiles::bytes(kSweepRows), kKeys = Tiles::bytes(kSweepKeys);
   static constexpr size_t kScales = sizeof(float) * 2 * kSweepKeys;
-  static constexpr size_t kScratch = sizeof(int) * (kBins + 8);
+  static constexpr size_t kScratch = sizeof(int) * (kBins + 8 + kLanes);
   static constexpr size_t kSums = sizeof(float) * kSweepWarps * kSweepKeys;
   // q, k twice (one on its way), their scales, a histogram and a state.
   static constexpr size_t kBytes = kQueries + 2 * kKeys + kScales + kScratch;
@@ -67,8 +69,20 @@ struct Sweep {
 };
 
 // How many of the blocks of keys are sampled: one in so many, another one for every block of queries.
-GTP_DEVICE int sample_step(int64_t tokens) {
+inline GTP_HOST_DEVICE int sample_step(int64_t tokens) {
   return tokens >= 512 ? 8 : tokens >= 256 ? 4 : 2;
+}
+// How many values that are.
+inline int64_t sampled(int64_t tokens) {
+  const int64_t step = sample_step(tokens);
+  const auto of_block = [=](int64_t block, int64_t size) { return std::min(tokens - block * size, size); };
+  int64_t count = 0;
+  for (int64_t rows = 0; rows * kSweepRows < tokens; ++rows) {
+    for (int64_t keys = rows % step; keys * kSweepKeys < tokens; keys += step) {
+      count += of_block(rows, kSweepRows) * of_block(keys, kSweepKeys);
+    }
+  }
+  return count;
 }
 
 // Shared memory and place of a block that sweeps.
@@ -76,28 +90,28 @@ template <int kSize>
 struct Place {
   unsigned char *q, *k;
   float* log_scales;
-  int* scratch;  // kBins + 8
+  int* scratch;  // kBins + 8 + kLanes
   unsigned head, image;
   int64_t first;  // query of the block
   int row;        // of this lane in the block, its first
 };
 template <int kSize>
-GTP_DEVICE Place<kSize> place_of(unsigned char* memory, unsigned head, unsigned heads, int64_t row_block) {
+GTP_DEVICE Place<kSize> place_of(const MapParams& p, unsigned char* memory, unsigned head, int64_t row_block) {
   Place<kSize> place;
   place.q = memory;
   place.k = place.q + Sweep<kSize>::kQueries;
   place.log_scales = reinterpret_cast<float*>(place.k + 2 * Sweep<kSize>::kKeys);
   place.scratch = reinterpret_cast<int*>(place.log_scales + 2 * kSweepKeys);
   place.head = head;
-  place.image = head / heads;
+  place.image = p.image_of(head);
   place.first = row_block * kSweepRows;
   place.row = 16 * warp_id() + lane_id() / 4;
   return place;
 }
 template <int kSize>
 GTP_DEVICE void load_queries(const MapParams& p, const Place<kSize>& place) {
-  Tile<kSize>::load(place.q, kSweepRows, head_of(p.a.q, p.a.stride_q, place.head, p.image_heads), p.a.stride_q[2],
-                    p.a.stride_q[3], p.vectors[0], place.first, p.a.tokens, static_cast<int>(p.a.head_size));
+  Tile<kSize>::load(place.q, kSweepRows, head_of(p, p.a.q, p.a.stride_q, place.head), p.a.stride_q[2], p.a.stride_q[3],
+                    p.vectors[0], place.first, p.a.tokens, static_cast<int>(p.a.head_size));
 }
 
 // visit(first key, s): the logits, to the base 2, of the warp's 16 queries against 64 keys at a time, of every
@@ -105,7 +119,7 @@ GTP_DEVICE void load_queries(const MapParams& p, const Place<kSize>& place) {
 template <class T, int kSize, class Visit>
 GTP_DEVICE void sweep_keys(const MapParams& p, const Place<kSize>& place, int from, int step, const Visit& visit) {
   const int blocks = static_cast<int>((p.a.tokens + kSweepKeys - 1) / kSweepKeys);
-  const void* const source = head_of(p.a.k, p.a.stride_k, place.head, p.image_heads);
+  const void* const source = head_of(p, p.a.k, p.a.stride_k, place.head);
   const auto load = [&](int block, int buffer) {
     if (block < blocks) {
       const int64_t first = static_cast<int64_t>(block) * kSweepKeys;
@@ -191,7 +205,7 @@ attention_statistics(GTP_CONSTANT MapParams p) {
   Workspace w;
   size_t counters;
   place_workspace(p, p.workspace, w, counters);
-  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const Place<kSize> place = place_of<kSize>(p, memory, blockIdx.y, blockIdx.x);
   const int64_t row = place.first + place.row;
   clear(place.scratch, kBins);
   load_queries(p, place);
@@ -242,13 +256,13 @@ attention_fine(GTP_CONSTANT MapParams p) {
   Workspace w;
   size_t counters;
   place_workspace(p, p.workspace, w, counters);
-  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const Place<kSize> place = place_of<kSize>(p, memory, blockIdx.y, blockIdx.x);
   const int64_t row = place.first + place.row;
   const int* const coarse = w.coarse + place.head * kBins;
   clear(place.scratch, kBins);
   load_queries(p, place);
   const RowStats r = row_stats(p, w, place.head, row);
-  const Range range = fine_range(coarse, p.a.rank, p.a.tokens * p.a.tokens);
+  const Range range = fine_range(coarse, p.ranks);
   const int step = sample_step(p.a.tokens);
   sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
     each_key(p, r, row, first, s, [&](uint32_t key) {
@@ -262,7 +276,7 @@ attention_fine(GTP_CONSTANT MapParams p) {
 
 GTP_DEVICE Bracket bracket_of_head(const MapParams& p, const Workspace& w, unsigned head) {
   const int64_t at = static_cast<int64_t>(head) * kBins;
-  return bracket_of(w.coarse + at, w.fine + at, p.a.rank, p.a.tokens * p.a.tokens);
+  return bracket_of(fine_range(w.coarse + at, p.ranks), w.fine + at, p.ranks);
 }
 
 template <class T, int kSize>
@@ -272,7 +286,7 @@ attention_collect(GTP_CONSTANT MapParams p) {
   Workspace w;
   size_t counters;
   place_workspace(p, p.workspace, w, counters);
-  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const Place<kSize> place = place_of<kSize>(p, memory, blockIdx.y, blockIdx.x);
   const int64_t row = place.first + place.row;
   load_queries(p, place);
   const RowStats r = row_stats(p, w, place.head, row);
@@ -281,11 +295,13 @@ attention_collect(GTP_CONSTANT MapParams p) {
   uint32_t* const candidates = w.candidates + static_cast<int64_t>(place.head) * p.room;
   int below = 0;
   sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, const auto& s) {
-    int inside = 0;
+    int lower = 0, upto = 0;
     each_key(p, r, row, first, s, [&](uint32_t key) {
-      below += key < bracket.low;
-      inside += key >= bracket.low && key < bracket.high;
+      count_below(lower, key, bracket.low);
+      count_below(upto, key, bracket.high);
     });
+    below += lower;
+    const int inside = upto - lower;
     const int last = scan_lanes(inside);
     int at = 0;
     if (lane_id() == kLanes - 1 && last > 0) at = atomic_add(counts + 1, last);
@@ -309,12 +325,12 @@ attention_select(GTP_CONSTANT MapParams p) {
   Workspace w;
   size_t counters;
   place_workspace(p, p.workspace, w, counters);
-  Place<kSize> place = place_of<kSize>(memory, blockIdx.x, p.image_heads, 0);
+  Place<kSize> place = place_of<kSize>(p, memory, blockIdx.x, 0);
   const Bracket bracket = bracket_of_head(p, w, place.head);
   const int below = w.counts[2 * place.head], inside = w.counts[2 * place.head + 1];
-  const int wanted = static_cast<int>(p.a.rank);
+  const int wanted = p.wanted;
   int *const histogram = place.scratch, *const state = place.scratch + kBins;
-  clear(histogram, kBins);
+  clear(histogram, kBins + 4);
   sync_block();
   uint32_t found;
   if (below < wanted && wanted <= below + inside && inside <= p.room && !p.a.force_miss) {
@@ -323,7 +339,8 @@ attention_select(GTP_CONSTANT MapParams p) {
       for (int i = static_cast<int>(threadIdx.x); i < inside; i += kSweepThreads) f(candidates[i]);
     };
     const int bits = 32 - leading_zeros(bracket.high - bracket.low - 1);
-    found = radix_select(collected, bracket.low, bits, wanted - below, histogram, state);
+    uint32_t* const few = reinterpret_cast<uint32_t*>(state + 8);
+    found = radix_select(collected, bracket.low, bits, wanted - below, histogram, state, few);
   } else {
     const auto each = [&](const auto& f) {
       GTP_NO_UNROLL
@@ -350,7 +367,7 @@ attention_output(GTP_CONSTANT MapParams p) {
   Workspace w;
   size_t counters;
   place_workspace(p, p.workspace, w, counters);
-  const Place<kSize> place = place_of<kSize>(memory, blockIdx.y, p.image_heads, blockIdx.x);
+  const Place<kSize> place = place_of<kSize>(p, memory, blockIdx.y, blockIdx.x);
   unsigned char* const v = memory + Sweep<kSize>::kQueries + 2 * Sweep<kSize>::kKeys + Sweep<kSize>::kScales;
   float* const sums = reinterpret_cast<float*>(v + 2 * Sweep<kSize>::kKeys);
   const int tokens = static_cast<int>(p.a.tokens), t = lane_id() % 4;
@@ -358,7 +375,7 @@ attention_output(GTP_CONSTANT MapParams p) {
   load_queries(p, place);
   const RowStats r = row_stats(p, w, place.head, row);
   const float threshold = p.a.rank > 0 ? w.threshold[place.head] : 0.0f;
-  const void* const values = head_of(p.a.v, p.a.stride_v, place.head, p.image_heads);
+  const void* const values = head_of(p, p.a.v, p.a.stride_v, place.head);
   float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(place.head) * tokens;
   float* const cls_row = static_cast<float*>(p.a.cls_row) + static_cast<int64_t>(place.head) * tokens;
   float* const block_sums = w.sums + (static_cast<int64_t>(place.head) * p.row_blocks + blockIdx.x) * tokens;

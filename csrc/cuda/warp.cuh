@@ -83,6 +83,20 @@ GTP_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// count += key < limit. The compiler makes three instructions of it, where two will do.
+GTP_DEVICE void count_below(int& count, uint32_t key, uint32_t limit) {
+  asm("{\n.reg .pred p;\nsetp.lt.u32 p, %1, %2;\n@p add.s32 %0, %0, 1;\n}\n" : "+r"(count) : "r"(key), "r"(limit));
+}
+// Appends a key to an array of them in shared memory where key - low < width, and moves `end` behind it.
+GTP_DEVICE void append_within(Address& end, uint32_t key, uint32_t low, uint32_t width) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .u32 d;\nsub.u32 d, %1, %2;\nsetp.lt.u32 p, d, %3;\n"
+      "@p st.shared.u32 [%0], %1;\n@p add.u32 %0, %0, 4;\n}\n"
+      : "+r"(end)
+      : "r"(key), "r"(low), "r"(width)
+      : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8 (16 bytes, aligned).
 // r[m] of lane i: the pair (row i / 4, columns 2 (i % 4) and that + 1) of matrix m, or with kTranspose of its
 // transpose.
@@ -146,10 +160,16 @@ GTP_DEVICE float widen(uint16_t bits, Float16) {
   return value;
 }
 
-// 2^x and log2 x by the special function unit: exp2 within 2 ulp, 0 for -inf; log2 -inf for 0.
+// 2^x by the special function unit, within 2 ulp. Where it is less than the least normal float it is 0, or with
+// kSubnormal what it should be, which takes three more instructions.
+template <bool kSubnormal = false>
 GTP_DEVICE float exp2_fast(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  if constexpr (kSubnormal) {
+    asm("ex2.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  } else {
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  }
   return y;
 }
 // x, which the compiler does not know to be: what it computed from x before, or could compute before a loop, it

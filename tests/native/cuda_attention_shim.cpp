@@ -25,6 +25,12 @@ extern "C" int64_t workspace_bytes(const int64_t* sizes) {
   return static_cast<int64_t>(place_workspace(gtp::cuda::map_params(a, nullptr), nullptr, w, counters));
 }
 
+extern "C" unsigned image_of(unsigned heads, unsigned head) {
+  gtp::cuda::MapParams p;
+  set_image_heads(p, heads);
+  return p.image_of(head);
+}
+
 extern "C" int attention(int form, const int64_t* sizes, const void* q, const void* k, const void* v,
                          const float* scales, double scale, void* out, float* diag, float* colsum, float* cls_row,
                          void* workspace, char* error) {

@@ -376,6 +376,14 @@ using Address = const unsigned char*;
 inline Address shared_address(const void* pointer) {
   return static_cast<Address>(pointer);
 }
+inline void count_below(int& count, uint32_t key, uint32_t limit) {
+  count += key < limit;
+}
+inline void append_within(Address& end, uint32_t key, uint32_t low, uint32_t width) {
+  if (key - low >= width) return;
+  std::memcpy(const_cast<unsigned char*>(end), &key, 4);
+  end += 4;
+}
 template <bool kTranspose>
 void load_matrices(uint32_t (&r)[4], Address row) {
   emulated::Offer offer;
@@ -444,8 +452,9 @@ inline float widen(uint16_t bits, BFloat16) {
 inline float widen(uint16_t bits, Float16) {
   return emulated::widened(bits, false);
 }
-inline float exp2_fast(float x) {
-  return exp2f(x);
+template <bool kSubnormal = false>
+float exp2_fast(float x) {
+  return x < -126 && !kSubnormal ? 0 : exp2f(x);
 }
 inline int leading_zeros(uint32_t x) {
   return x ? __builtin_clz(x) : 32;
