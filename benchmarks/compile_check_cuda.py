@@ -168,7 +168,7 @@ def kernels_of(log: str, tensor_core: dict[str, int] | None = None) -> tuple[Ker
     """What ``ptxas -v`` says of each entry, and of the functions after it, which it calls."""
     _, *parts = re.split(r"^ptxas info\s*: Compiling entry function '(\S+)' for .*$", log, flags=re.MULTILINE)
     kernels = []
-    for symbol, name, text in zip(parts[::2], _demangled(parts[::2]), parts[1::2], strict=True):
+    for symbol, name, text in zip(parts[::2], demangled(parts[::2]), parts[1::2], strict=True):
         registers = re.search(r"Used (\d+) registers", text)
         memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
         if registers is None or not memory:
@@ -185,7 +185,7 @@ def warnings_of(log: str) -> tuple[str, ...]:
     """What ptxas warns of, with the names of kernels as in the source."""
     lines = [line for line in log.splitlines() if re.match(r"ptxas\b.*\bwarning\s*:", line)]
     symbols = sorted({symbol for line in lines for symbol in re.findall(r"\b_Z\w+", line)})
-    names = dict(zip(symbols, _demangled(symbols), strict=True))
+    names = dict(zip(symbols, demangled(symbols), strict=True))
     return tuple(re.sub(r"\b_Z\w+", lambda found: "".join(split_name(names[found[0]])), line) for line in lines)
 
 
@@ -196,7 +196,7 @@ def split_name(name: str) -> tuple[str, str]:
     return (found[1], found[2] or "") if found else (name, "")
 
 
-def _demangled(symbols: Sequence[str]) -> list[str]:
+def demangled(symbols: Sequence[str]) -> list[str]:
     # binutils has it, without which nvcc's host compiler does not link either.
     if not symbols or shutil.which("c++filt") is None:
         return list(symbols)

@@ -242,12 +242,12 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     float* const sums = reinterpret_cast<float*>(scratch);
     GTP_UNROLL
     for (int tile = 0; tile < kTiles; tile += 4) {
-      float u[8] = {};
+      float u[8];
       GTP_UNROLL
       for (int i = 0; i < 8 * kRows; ++i) {
-        if (tile + i % 8 / 2 >= kTiles) continue;
-        const int of = tile + i % 8 / 2 < kTiles ? tile + i % 8 / 2 : 0;
-        u[i % 8] += s[i / 8][of][i % 2] + s[i / 8][of][i % 2 + 2];
+        const int of = smaller(tile + i % 8 / 2, kTiles - 1);
+        const float both = tile + i % 8 / 2 < kTiles ? s[i / 8][of][i % 2] + s[i / 8][of][i % 2 + 2] : 0.0f;
+        u[i % 8] = i < 8 ? both : u[i % 8] + both;
       }
       const float column = sum_columns(u);
       const int key = 8 * tile + column_of_lane();
