@@ -80,7 +80,7 @@ bool by_sweeps(MapParams p, void* stream, Error& error) {
   if (!sweep("attention_statistics", attention_statistics<T, kSize>, kBytes)) return false;
   if (p.a.rank > 0) {
     if (!sweep("attention_fine", attention_fine<T, kSize>, kBytes)) return false;
-    if (!sweep("attention_collect", attention_collect<T, kSize>, kBytes)) return false;
+    if (!sweep("attention_collect", attention_collect<T, kSize>, Sweep<kSize>::kCollectBytes)) return false;
     if (!launch(attention_select<T, kSize>, p, {"attention_select", p.heads, 1, kSweepThreads, kBytes}, stream,
                 error)) {
       return false;

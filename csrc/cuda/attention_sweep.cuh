@@ -63,8 +63,10 @@ struct Sweep {
   static constexpr size_t kScales = sizeof(float) * 2 * kSweepKeys;
   static constexpr size_t kScratch = sizeof(int) * (kBins + 8 + kLanes);
   static constexpr size_t kSums = sizeof(float) * kSweepWarps * kSweepKeys;
+  static constexpr int kHeld = 2048;  // candidates of a block that go to memory together
   // q, k twice (one on its way), their scales, a histogram and a state.
   static constexpr size_t kBytes = kQueries + 2 * kKeys + kScales + kScratch;
+  static constexpr size_t kCollectBytes = kQueries + 2 * kKeys + kScales + sizeof(int) * (kHeld + 4);
   static constexpr size_t kOutputBytes = kQueries + 4 * kKeys + kScales + kSums;
 };
 
@@ -94,6 +96,11 @@ struct Place {
   unsigned head, image;
   int64_t first;  // query of the block
   int row;        // of this lane in the block, its first
+
+  // Whether the keys from `first_key` on against the queries of the block are all of them values of the map.
+  GTP_DEVICE bool is_whole(const MapParams& p, int first_key) const {
+    return first_key + kSweepKeys <= p.a.tokens && first + kSweepRows <= p.a.tokens;
+  }
 };
 template <int kSize>
 GTP_DEVICE Place<kSize> place_of(const MapParams& p, unsigned char* memory, unsigned head, int64_t row_block) {
@@ -108,10 +115,18 @@ GTP_DEVICE Place<kSize> place_of(const MapParams& p, unsigned char* memory, unsi
   place.row = 16 * warp_id() + lane_id() / 4;
   return place;
 }
+// Keys or queries from row `first` on into a tile, on their way.
+template <int kSize>
+GTP_DEVICE void load_rows(const MapParams& p, unsigned char* tile, const void* source, const int64_t (&stride)[4],
+                          bool vectors, int64_t first) {
+  const void* const from = static_cast<const uint16_t*>(source) + first * stride[2];
+  Tile<kSize>::template load_all<kSweepThreads, kSweepKeys, 0>(
+      tile, from, stride[2], stride[3], vectors, static_cast<int>(p.a.tokens - first), static_cast<int>(p.a.head_size));
+}
 template <int kSize>
 GTP_DEVICE void load_queries(const MapParams& p, const Place<kSize>& place) {
-  Tile<kSize>::load(place.q, kSweepRows, head_of(p, p.a.q, p.a.stride_q, place.head), p.a.stride_q[2], p.a.stride_q[3],
-                    p.vectors[0], place.first, p.a.tokens, static_cast<int>(p.a.head_size));
+  static_assert(kSweepRows == kSweepKeys);
+  load_rows<kSize>(p, place.q, head_of(p, p.a.q, p.a.stride_q, place.head), p.a.stride_q, p.vectors[0], place.first);
 }
 
 // visit(first key, s): the logits, to the base 2, of the warp's 16 queries against 64 keys at a time, of every
@@ -123,8 +138,7 @@ GTP_DEVICE void sweep_keys(const MapParams& p, const Place<kSize>& place, int fr
   const auto load = [&](int block, int buffer) {
     if (block < blocks) {
       const int64_t first = static_cast<int64_t>(block) * kSweepKeys;
-      Tile<kSize>::load(place.k + buffer * Sweep<kSize>::kKeys, kSweepKeys, source, p.a.stride_k[2], p.a.stride_k[3],
-                        p.vectors[1], first, p.a.tokens, static_cast<int>(p.a.head_size));
+      load_rows<kSize>(p, place.k + buffer * Sweep<kSize>::kKeys, source, p.a.stride_k, p.vectors[1], first);
       load_log_scales(place.log_scales + buffer * kSweepKeys, p, place.image, first, kSweepKeys);
     }
     commit_copies();
@@ -172,19 +186,32 @@ GTP_DEVICE float map_value(float logit, const RowStats& r, int half) {
   return exp2_fast(logit - r.largest[half]) * r.share[half];
 }
 
-// f(key pattern) for the values of the map in a block of logits; kNothing for what is none.
-template <class F>
-GTP_DEVICE void each_key(const MapParams& p, const RowStats& r, int64_t row, int first,
-                         const float (&s)[kSweepKeys / 8][4], const F& f) {
-  GTP_UNROLL
-  for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+// Logits of a block of keys to values of the map; what is none to the pattern kNothing.
+template <int kSize>
+GTP_DEVICE void take_values(const MapParams& p, const Place<kSize>& place, const RowStats& r, int first,
+                            float (&s)[kSweepKeys / 8][4]) {
+  const auto each = [&](const auto& is_value) {
     GTP_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int key = first + 8 * tile + 2 * (lane_id() % 4) + i % 2;
-      const bool is_value = key < p.a.tokens && row + 8 * (i / 2) < p.a.tokens;
-      f(is_value ? bits_of(map_value(s[tile][i], r, i / 2)) : kNothing);
+    for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+      GTP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float value = map_value(s[tile][i], r, i / 2);
+        s[tile][i] = is_value(8 * tile + i % 2, i / 2) ? value : float_of(kNothing);
+      }
     }
+  };
+  if (place.is_whole(p, first)) {
+    each([](int, int) { return true; });
+  } else {
+    const int keys = static_cast<int>(p.a.tokens) - first - 2 * (lane_id() % 4);
+    const int queries = static_cast<int>(p.a.tokens - place.first) - place.row;
+    each([=](int key, int half) { return key < keys && 8 * half < queries; });
   }
+}
+template <class F>
+GTP_DEVICE void each_key(const float (&s)[kSweepKeys / 8][4], const F& f) {
+  GTP_UNROLL
+  for (int i = 0; i < kSweepKeys / 2; ++i) f(bits_of(s[i / 4][i % 4]));
 }
 
 // Adds a block's histogram to that of the head.
@@ -240,8 +267,9 @@ attention_statistics(GTP_CONSTANT MapParams p) {
   }
   if (p.a.rank == 0) return;
   const int step = sample_step(p.a.tokens);
-  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
-    each_key(p, r, row, first, s, [&](uint32_t key) {
+  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, auto& s) {
+    take_values(p, place, r, first, s);
+    each_key(s, [&](uint32_t key) {
       if (key != kNothing) atomic_add(place.scratch + coarse_bin(key), 1);
     });
   });
@@ -264,8 +292,9 @@ attention_fine(GTP_CONSTANT MapParams p) {
   const RowStats r = row_stats(p, w, place.head, row);
   const Range range = fine_range(coarse, p.ranks);
   const int step = sample_step(p.a.tokens);
-  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, const auto& s) {
-    each_key(p, r, row, first, s, [&](uint32_t key) {
+  sweep_keys<T, kSize>(p, place, static_cast<int>(blockIdx.x % step), step, [&](int first, auto& s) {
+    take_values(p, place, r, first, s);
+    each_key(s, [&](uint32_t key) {
       const int bin = fine_bin(key, range);
       if (bin >= 0) atomic_add(place.scratch + bin, 1);
     });
@@ -293,10 +322,14 @@ attention_collect(GTP_CONSTANT MapParams p) {
   const Bracket bracket = bracket_of_head(p, w, place.head);
   int* const counts = w.counts + 2 * place.head;
   uint32_t* const candidates = w.candidates + static_cast<int64_t>(place.head) * p.room;
+  uint32_t* const held = reinterpret_cast<uint32_t*>(place.scratch);
+  int* const state = place.scratch + Sweep<kSize>::kHeld;  // how many the block has; the first place of those held
+  clear(state, 1);
   int below = 0;
-  sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, const auto& s) {
+  sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
+    take_values(p, place, r, first, s);
     int lower = 0, upto = 0;
-    each_key(p, r, row, first, s, [&](uint32_t key) {
+    each_key(s, [&](uint32_t key) {
       count_below(lower, key, bracket.low);
       count_below(upto, key, bracket.high);
     });
@@ -304,17 +337,33 @@ attention_collect(GTP_CONSTANT MapParams p) {
     const int inside = upto - lower;
     const int last = scan_lanes(inside);
     int at = 0;
-    if (lane_id() == kLanes - 1 && last > 0) at = atomic_add(counts + 1, last);
+    if (lane_id() == kLanes - 1) at = atomic_add(state, last);
     at = shuffle(at, kLanes - 1) + last - inside;
-    each_key(p, r, row, first, s, [&](uint32_t key) {
-      if (key >= bracket.low && key < bracket.high) {
-        if (at >= 0 && at < p.room) candidates[at] = key;
-        ++at;
+    if (at + inside <= Sweep<kSize>::kHeld) {
+      Address end = shared_address(held + at);
+      each_key(s, [&](uint32_t key) { append_within(end, key, bracket.low, bracket.high - bracket.low); });
+      return;
+    }
+    each_key(s, [&](uint32_t key) {
+      if (key < bracket.low || key >= bracket.high) return;
+      const int place_here = at++;
+      if (place_here < Sweep<kSize>::kHeld) {
+        held[place_here] = key;
+      } else if (const int there = atomic_add(counts + 1, 1); there >= 0 && there < p.room) {
+        candidates[there] = key;
       }
     });
   });
   below = sum_lanes(below);
   if (lane_id() == 0) atomic_add(counts, below);
+  sync_block();
+  const int count = state[0] < Sweep<kSize>::kHeld ? state[0] : Sweep<kSize>::kHeld;
+  if (threadIdx.x == 0) state[1] = atomic_add(counts + 1, count);
+  sync_block();
+  const int from = state[1];
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kSweepThreads) {
+    if (from + i < p.room) candidates[from + i] = held[i];
+  }
 }
 
 // grid: heads of all images.
@@ -347,9 +396,11 @@ attention_select(GTP_CONSTANT MapParams p) {
       for (int block = 0; block < p.row_blocks; ++block) {
         place.first = static_cast<int64_t>(block) * kSweepRows;
         load_queries(p, place);
-        const int64_t row = place.first + place.row;
-        const RowStats r = row_stats(p, w, place.head, row);
-        sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, const auto& s) { each_key(p, r, row, first, s, f); });
+        const RowStats r = row_stats(p, w, place.head, place.first + place.row);
+        sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
+          take_values(p, place, r, first, s);
+          each_key(s, f);
+        });
         sync_block();
       }
     };
@@ -362,7 +413,6 @@ attention_select(GTP_CONSTANT MapParams p) {
 template <class T, int kSize>
 GTP_GLOBAL(kSweepThreads, kSize > 64 ? 1 : 2)
 attention_output(GTP_CONSTANT MapParams p) {
-  using Tiles = Tile<kSize>;
   GTP_SHARED(memory);
   Workspace w;
   size_t counters;
@@ -383,20 +433,29 @@ attention_output(GTP_CONSTANT MapParams p) {
   int buffer = 0;
   sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
     unsigned char* const rows = v + buffer * Sweep<kSize>::kKeys;
-    Tiles::load(rows, kSweepKeys, values, p.a.stride_v[2], p.a.stride_v[3], p.vectors[2], first, tokens,
-                static_cast<int>(p.a.head_size));
+    load_rows<kSize>(p, rows, values, p.a.stride_v, p.vectors[2], first);
     commit_copies();
-    GTP_UNROLL
-    for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
+    take_values(p, place, r, first, s);
+    // What is no value is zero; NaN that is one stays.
+    const auto each = [&](const auto& f) {
       GTP_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int key = first + 8 * tile + 2 * t + i % 2, query = row + 8 * (i / 2);
-        float value = map_value(s[tile][i], r, i / 2);
-        if (key >= tokens || query >= tokens || value < threshold) value = 0;
-        s[tile][i] = value;
-        if (key == query && key < tokens) diag[key] = value;
-        if (i < 2 && query == 0 && key < tokens) cls_row[key] = value;
+      for (int i = 0; i < kSweepKeys / 2; ++i) {
+        f(s[i / 4][i % 4], first + i / 4 * 8 + 2 * t + i % 2, row + i % 4 / 2 * 8);
       }
+    };
+    if (!place.is_whole(p, first)) {
+      each([&](float& value, int key, int query) { value = key < tokens && query < tokens ? value : 0.0f; });
+    }
+    each([&](float& value, int, int) { value = value < threshold ? 0.0f : value; });
+    if (first == place.first) {
+      each([&](float& value, int key, int query) {
+        if (key == query && key < tokens) diag[key] = value;
+      });
+    }
+    if (row == 0) {
+      each([&](float& value, int key, int query) {
+        if (query == 0 && key < tokens) cls_row[key] = value;
+      });
     }
     GTP_UNROLL
     for (int tile = 0; tile < kSweepKeys / 8; tile += 4) {
