@@ -68,6 +68,7 @@ MUTATIONS = [
     ("propagate", "propagate.cuh", "sources.mean ? 1.f : alpha * sources.value", "alpha * sources.value"),
     ("propagate", "propagate.cuh", "if (count == 0 && hits) weigh", "if (hits) weigh"),
     ("propagate", "propagate.cuh", "ballot(factor != 0)", "ballot(n >= 0)"),
+    ("propagate", "propagate.cuh", "channels == 128 * kChunks", "channels <= 128 * kChunks"),
     ("propagate", "select.cuh", "four.key[k] > key", "four.key[k] >= key"),
     ("propagate", "select.cuh", "w < warp_id() ? of_warp[w] : 0", "w <= warp_id() ? of_warp[w] : 0"),
 ]

@@ -64,12 +64,14 @@ StepLayout lay_out(const PropagateParams& p, bool registers, bool table, int64_t
   return layout;
 }
 
-// Blocks that work on one image: one row per warp, more where that leaves every multiprocessor 16 blocks.
-void divide(StepParams& params, const Machine& m) {
+// Blocks that work on one image: one row per warp, more where that leaves every multiprocessor `least` blocks. Before
+// its rows a warp prepares as much as half a row is to compute, and with the selection as much as two (by the
+// instructions of the compiled code; not measured).
+void divide(StepParams& params, const Machine& m, int least) {
   const int64_t rows = params.step.rows_out();
   const auto blocks = [&](int64_t per_warp) { return (rows + kStepWarps * per_warp - 1) / (kStepWarps * per_warp); };
   int64_t per_warp = 1;
-  while (per_warp < 8 && params.step.batch * blocks(2 * per_warp) >= 16 * m.multiprocessors) per_warp *= 2;
+  while (per_warp < 8 && params.step.batch * blocks(2 * per_warp) >= least * m.multiprocessors) per_warp *= 2;
   params.rows_per_block = static_cast<int>(kStepWarps * per_warp);
   params.blocks_per_image = static_cast<int>(blocks(per_warp));
 }
@@ -83,7 +85,8 @@ bool prepare(StepParams& params, int64_t selected, bool registers, Launch& l, Er
   const uint32_t limit = static_cast<uint32_t>(m.shared_bytes);
   params.table = walks && p.tokens < kStays && lay_out(p, registers, true, selected).bytes <= limit;
   params.layout = lay_out(p, registers, params.table, selected);
-  divide(params, m);
+  divide(params, m, selected > 0 ? 4 : 8);
+  params.per_channel = p.channels > 0 ? 1.f / static_cast<float>(p.channels) : 1.f;
   l.blocks_x = p.batch * params.blocks_per_image;
   l.threads = kStepThreads;
   l.shared_bytes = params.layout.bytes;

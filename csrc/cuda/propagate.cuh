@@ -39,6 +39,7 @@ struct StepParams {
   StepLayout layout;
   bool table = false;  // the table of leavers fits; without it each edge is compared with all of them
   int blocks_per_image = 1, rows_per_block = 1;
+  float per_channel = 1;  // 1 / C
 };
 
 struct SelectStepParams : StepParams {
@@ -345,8 +346,9 @@ struct StepBlock {
 };
 
 // Rows in registers: up to 128 * kChunks channels, a multiple of 4; every row of x, branch, x_out and normed begins at
-// a multiple of 4 elements. Value i of chunk k of a lane is channel 128 k + 4 lane + i.
-template <class T, int kChunks, class Indices>
+// a multiple of 4 elements. Value i of chunk k of a lane is channel 128 k + 4 lane + i. kWhole: exactly so many
+// channels.
+template <class T, int kChunks, class Indices, bool kWhole>
 struct RegisterRows {
   const StepBlock<Indices>& block;
   const PropagateParams& p;
@@ -360,6 +362,9 @@ struct RegisterRows {
   GTP_DEVICE static int channel(int chunk) {
     return 4 * (lane_id() + kLanes * chunk);
   }
+  GTP_DEVICE bool has(int of_row) const {
+    return kWhole || of_row < channels;
+  }
 
   GTP_DEVICE void load(Four<T> (&target)[kChunks], const Image& image, int n) const {
     const int64_t at = n * image.stride_n;
@@ -368,7 +373,7 @@ struct RegisterRows {
         const auto* const row = reinterpret_cast<const float*>(image.data) + at;
         GTP_UNROLL
         for (int k = 0; k < kChunks; ++k) {
-          if (channel(k) >= channels) continue;
+          if (!has(channel(k))) continue;
           const FourWords four = *reinterpret_cast<const FourWords*>(row + channel(k));
           GTP_UNROLL
           for (int i = 0; i < 4; ++i) target[k].word[i] = four.word[i];
@@ -379,7 +384,7 @@ struct RegisterRows {
     const auto* const row = reinterpret_cast<const uint16_t*>(image.data) + at;
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       const TwoWords two = *reinterpret_cast<const TwoWords*>(row + channel(k));
       target[k].word[0] = two.word[0];
       target[k].word[1] = two.word[1];
@@ -396,7 +401,7 @@ struct RegisterRows {
     const float* const layer_scale = block.floats(block.params.layout.layer_scale);
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       float value[4];
       unpack(value, x[k], block.x.dtype);
       if (block.branch.data) {
@@ -445,7 +450,7 @@ struct RegisterRows {
   GTP_DEVICE void write(int64_t row) {
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       store(p.x_out, row, k, y[k]);
       if constexpr (!kIsFloat<T>) {
         widen_four(y[k], pack(y[k][0], y[k][1], T{}), pack(y[k][2], y[k][3], T{}), T{});
@@ -457,7 +462,7 @@ struct RegisterRows {
     load(x, block.x, n);
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       T* const target = static_cast<T*>(p.x_out) + row * channels + channel(k);
       *reinterpret_cast<TwoWords*>(target) = {{x[k].word[0], x[k].word[1]}};
     }
@@ -466,26 +471,25 @@ struct RegisterRows {
   GTP_DEVICE void normalise(int64_t row) const {
     const float* const weight = block.floats(block.params.layout.weight);
     const float* const bias = block.floats(block.params.layout.bias);
-    const float size = static_cast<float>(channels);
     float mean = 0;
     if (p.norm == Norm::Layer) {
       GTP_UNROLL
       for (int k = 0; k < kChunks; ++k) {
-        if (channel(k) < channels) mean += (y[k][0] + y[k][1]) + (y[k][2] + y[k][3]);
+        if (has(channel(k))) mean += (y[k][0] + y[k][1]) + (y[k][2] + y[k][3]);
       }
-      mean = sum_lanes(mean) / size;
+      mean = sum_lanes(mean) * block.params.per_channel;
     }
     float square = 0;
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       GTP_UNROLL
       for (int i = 0; i < 4; ++i) square += (y[k][i] - mean) * (y[k][i] - mean);
     }
-    const float inverse = 1.f / sqrtf(sum_lanes(square) / size + static_cast<float>(p.norm_eps));
+    const float inverse = rsqrt_fast(sum_lanes(square) * block.params.per_channel + static_cast<float>(p.norm_eps));
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (channel(k) >= channels) continue;
+      if (!has(channel(k))) continue;
       const FourWords w = *reinterpret_cast<const FourWords*>(weight + channel(k));
       const FourWords shift = *reinterpret_cast<const FourWords*>(bias + channel(k));
       float value[4];
@@ -513,25 +517,24 @@ struct RegisterRows {
     if (v.dtype == DType::Float64) {
       GTP_UNROLL
       for (int k = 0; k < kChunks; ++k) {
-        if (staged_channel(k) < channels)
-          staged.bits[k] = bits_of(load_value(v.data, DType::Float64, staged_channel(k)));
+        if (has(staged_channel(k))) staged.bits[k] = bits_of(load_value(v.data, DType::Float64, staged_channel(k)));
       }
     } else if (v.dtype == DType::Float32) {
       GTP_UNROLL
       for (int k = 0; k < kChunks; ++k) {
-        if (staged_channel(k) < channels) staged.bits[k] = static_cast<const uint32_t*>(v.data)[staged_channel(k)];
+        if (has(staged_channel(k))) staged.bits[k] = static_cast<const uint32_t*>(v.data)[staged_channel(k)];
       }
     } else {
       GTP_UNROLL
       for (int k = 0; k < kChunks; ++k) {
-        if (staged_channel(k) < channels) staged.bits[k] = static_cast<const uint16_t*>(v.data)[staged_channel(k)];
+        if (has(staged_channel(k))) staged.bits[k] = static_cast<const uint16_t*>(v.data)[staged_channel(k)];
       }
     }
   }
   GTP_DEVICE void store(const Staged& staged, const Vector& v, uint32_t offset) const {
     GTP_UNROLL
     for (int k = 0; k < kChunks; ++k) {
-      if (staged_channel(k) >= channels) continue;
+      if (!has(staged_channel(k))) continue;
       float value = float_of(staged.bits[k]);
       if (v.data && v.dtype == DType::BFloat16) value = widen(static_cast<uint16_t>(staged.bits[k]), BFloat16{});
       if (v.data && v.dtype == DType::Float16) value = widen(static_cast<uint16_t>(staged.bits[k]), Float16{});
@@ -703,7 +706,7 @@ struct SlabRows {
 // kChunks 0: rows of any length and alignment.
 template <class T, int kChunks, class Indices>
 struct RowsFor {
-  using Type = RegisterRows<T, kChunks, Indices>;
+  using Type = RegisterRows<T, kChunks, Indices, false>;
 };
 template <class T, class Indices>
 struct RowsFor<T, 0, Indices> {
@@ -714,16 +717,26 @@ template <class T, int kChunks, class Indices>
 GTP_DEVICE void run_step(const StepParams& params, unsigned char* shared, int image, int first,
                          const Indices& indices) {
   const StepBlock<Indices> block(params, shared, image, indices);
+  const int end = static_cast<int>(params.step.rows_out());
+  const int last = first + params.rows_per_block < end ? first + params.rows_per_block : end;
+  // Whole rows need no checks; beside those of live edges there are no registers for a second copy of the code.
+  if constexpr (kChunks > 0 && !Indices::kMerge) {
+    if (params.step.channels == 128 * kChunks) {
+      RegisterRows<T, kChunks, Indices, true> rows(block);
+      rows.run(first, last);
+      return;
+    }
+  }
   typename RowsFor<T, kChunks, Indices>::Type rows(block);
-  const int last = first + params.rows_per_block, end = static_cast<int>(params.step.rows_out());
-  rows.run(first, last < end ? last : end);
+  rows.run(first, last);
 }
 
 // Blocks that a multiprocessor holds at once, by the registers that a lane's chunks take.
 template <class T, int kChunks>
-constexpr int blocks_at_once() {
+constexpr int blocks_at_once(int most = 7) {
   const int size = kChunks * (kIsFloat<T> ? 3 : 2);
-  return size <= 4 ? 7 : size <= 6 ? 6 : size <= 9 ? 5 : size <= 12 ? 4 : size <= 18 ? 3 : 2;
+  const int fit = size <= 4 ? 7 : size <= 6 ? 6 : size <= 9 ? 5 : size <= 12 ? 4 : size <= 18 ? 3 : 2;
+  return fit < most ? fit : most;
 }
 
 // grid: images x blocks_per_image.
@@ -756,7 +769,7 @@ merge_kernel(GTP_CONSTANT StepParams params) {
 
 // propagate_kernel, every block of an image choosing the tokens anew; the first one writes them down.
 template <class T, int kChunks>
-GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>()))
+GTP_GLOBAL(kStepThreads, (blocks_at_once<T, kChunks>(5)))
 select_propagate_kernel(GTP_CONSTANT SelectStepParams params) {
   GTP_SHARED(shared);
   const PropagateParams& p = params.step;

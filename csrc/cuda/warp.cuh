@@ -172,6 +172,10 @@ GTP_DEVICE float exp2_fast(float x) {
   }
   return y;
 }
+// 1 / sqrt(x) within 2 ulp.
+GTP_DEVICE float rsqrt_fast(float x) {
+  return rsqrtf(x);
+}
 // x, which the compiler does not know to be: what it computed from x before, or could compute before a loop, it
 // computes again here instead of keeping it in registers.
 GTP_DEVICE uint32_t forget(uint32_t x) {

@@ -456,6 +456,9 @@ template <bool kSubnormal = false>
 float exp2_fast(float x) {
   return x < -126 && !kSubnormal ? 0 : exp2f(x);
 }
+inline float rsqrt_fast(float x) {
+  return 1 / sqrtf(x);
+}
 inline int leading_zeros(uint32_t x) {
   return x ? __builtin_clz(x) : 32;
 }
