@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 pytest.importorskip("click")
 from click.testing import CliRunner
 
-from benchmarks import compile_check, compile_check_cuda
+from benchmarks import compile_check, compile_check_cuda, compile_lines
 from benchmarks.compile_check_cuda import Kernel, Result
 
 needs_names = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt: names stay as in the object file")
@@ -207,3 +207,35 @@ def test_the_command_fails_on_a_spill(only_cuda: str, tmp_path: Path, monkeypatc
     assert "1 compilations, 0 of them known from before; 3 failures" in done.output
     (report,) = json.loads((tmp_path / "report.json").read_text())["cuda"]
     assert [kernel["name"] for kernel in report["kernels"]] == ["spill", "mma", "two"]
+
+
+DISASSEMBLY = """\
+\t.section\t.text._Z4rowsPf,"ax",@progbits
+.text._Z4rowsPf:
+\t//## File "/there/warp.cuh", line 7 inlined at "/there/rows.cuh", line 30
+\t//## File "/there/rows.cuh", line 30 inlined at "/there/rows.cuh", line 90
+\t//## File "/there/rows.cuh", line 90
+        /*0000*/                   FADD R1, R2, R3 ;
+        /*0010*/              @!P2 FADD R1, R2, R3 ;
+\t//## File "/there/rows.cuh", line 80
+        /*0020*/                   MUFU.EX2 R1, R2 ;
+.L_x_1:
+        /*0030*/             @UP0  ULDC UR4, c[0x0][0x210] ;
+"""
+
+
+def test_instructions_by_line() -> None:
+    (code,) = compile_lines.kernels_of(DISASSEMBLY).values()
+    first, second = compile_lines.lines_of(code)
+    assert (first.lines, dict(first.instructions)) == ((80,), {"MUFU": 1, "ULDC": 1})
+    assert (second.lines, dict(second.instructions)) == ((90, 30), {"FADD": 2})
+    assert str(second.path) == "/there/rows.cuh"
+
+
+def test_instructions_of_a_kernel(nvcc: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if compile_check_cuda.find_nvdisasm() is None:
+        pytest.skip("no nvdisasm")
+    assert compile_lines.main(["attention.cu", "attention_columns", "--least", "1"]) == 0
+    assert "int block = 0; block < p.row_blocks" in capsys.readouterr().out
+    assert compile_lines.main(["attention.cu", "no_kernel"]) == 2
+    assert "attention_columns" in capsys.readouterr().err
