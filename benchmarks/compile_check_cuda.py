@@ -197,6 +197,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def demangled(symbols: Sequence[str]) -> list[str]:
+    """The names of symbols as in the source; without c++filt the symbols."""
     # binutils has it, without which nvcc's host compiler does not link either.
     if not symbols or shutil.which("c++filt") is None:
         return list(symbols)

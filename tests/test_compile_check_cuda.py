@@ -15,6 +15,9 @@ from click.testing import CliRunner
 from benchmarks import compile_check, compile_check_cuda, compile_lines
 from benchmarks.compile_check_cuda import Kernel, Result
 
+needs_nvdisasm = pytest.mark.skipif(
+    compile_check_cuda.find_nvdisasm() is None, reason="nvdisasm, which the extra dev installs, is not there"
+)
 needs_names = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt: names stay as in the object file")
 
 # What nvcc 13.0 prints for sm_120, of three kernels, the last with a
@@ -173,7 +176,7 @@ GTP_GLOBAL(32, 1) multiplies(const uint32_t* a, float* o) {
 """
 
 
-@pytest.mark.skipif(compile_check_cuda.find_nvdisasm() is None, reason="no nvdisasm")
+@needs_nvdisasm
 def test_tensor_core_instructions_are_counted(nvcc: str, tmp_path: Path) -> None:
     (tmp_path / "a.cu").write_text(MULTIPLIES)
     results = compile_check_cuda.check([tmp_path / "a.cu"], ["sm_80", "sm_90", "sm_120"], nvcc)
@@ -232,9 +235,8 @@ def test_instructions_by_line() -> None:
     assert str(second.path) == "/there/rows.cuh"
 
 
+@needs_nvdisasm
 def test_instructions_of_a_kernel(nvcc: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if compile_check_cuda.find_nvdisasm() is None:
-        pytest.skip("no nvdisasm")
     assert compile_lines.main(["attention.cu", "attention_columns", "--least", "1"]) == 0
     assert "int block = 0; block < p.row_blocks" in capsys.readouterr().out
     assert compile_lines.main(["attention.cu", "no_kernel"]) == 2
