@@ -50,12 +50,10 @@ def model_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "
     modules = {"ours": patched, "timm": dense, "slicing": sliced(dense, num_prop), "tome": ToMe(dense, num_prop)}
     if not setting.on_gpu and compile_mode == "none":
         modules["slicing, fused linear"] = sliced(dense, num_prop, fused=True)
-    calls: dict[str, Callable[[], object]] = {
-        label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
-    }
+    calls = _calls(modules, images, compile_mode)
     parts = {"tome overhead": ("tome", _call(_compiled(merging, compile_mode), tokens))}
     flops = round(2e9 * batch * gtp_vit.gmacs(patched, images[:1]))
-    shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
+    shape = _shape(batch, num_prop, compile_mode)
     about = {"model": name, "batch": batch, "num_prop": num_prop, "compile": compile_mode, "sparsity": 0.6}
     check = _check(patched, dense.num_prefix_tokens, images)
     return Case(name, shape, calls, check, flops=flops, items=batch, parts=parts, about=about)
@@ -77,17 +75,23 @@ def live_case(name: str, batch: int, setting: Setting, *, compile_mode: str = "n
     )
     images = setting.randn(batch, 3, *dense.patch_embed.img_size)
     modules = {"ours": ours, "GraphProp": published, "tome": ToMe(dense, num_prop)}
-    calls: dict[str, Callable[[], object]] = {
-        label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()
-    }
+    calls = _calls(modules, images, compile_mode)
     flops = round(2e9 * batch * gtp_vit.gmacs(ours, images[:1]))
-    shape = f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
+    shape = _shape(batch, num_prop, compile_mode)
     about = {
         "model": name, "batch": batch, "num_prop": num_prop, "propagation": "LiveGraph", "compile": compile_mode,
         "sparsity": 0.6,
     }  # fmt: skip
     check = _check(ours, dense.num_prefix_tokens, images)
     return Case(f"{name} LiveGraph", shape, calls, check, flops=flops, items=batch, about=about)
+
+
+def _calls(modules: dict[str, Any], images: Tensor, compile_mode: str) -> dict[str, Callable[[], object]]:
+    return {label: _call(_compiled(module, compile_mode), images) for label, module in modules.items()}
+
+
+def _shape(batch: int, num_prop: int, compile_mode: str) -> str:
+    return f"B{batch} P{num_prop}" + ("" if compile_mode == "none" else f" {compile_mode}")
 
 
 def _check(patched: Any, num_prefix: int, images: Tensor) -> Callable[[], None]:

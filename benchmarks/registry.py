@@ -215,16 +215,28 @@ def _propagate_case(setting: Setting, batch: int, side: int, channels: int) -> C
         agree("normed", normed, expected_normed, tolerance)
         agree("token_scales", out_scales, expected_scales, 1e-5)
 
-    calls: dict[str, Call] = {
-        "ours": ours,
-        "add+norm": lambda: F.layer_norm(x + branch, (channels,), weight, bias, 1e-6),
-        "definition": definition,
-    }
-    _add_compiled(setting, calls, definition)
+    calls: dict[str, Call] = {"ours": ours, "definition": definition}
+    return _step_case(setting, "propagate", "", (x, branch, weight, bias), num_prop, calls, check)
+
+
+def _step_case(
+    setting: Setting,
+    op: str,
+    what: str,
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    num_prop: int,
+    calls: dict[str, Call],
+    check: Call,
+) -> Case:
+    """A step between attention and MLP; ``rows``: x and branch [B, N, C], weight and bias [C] of the norm."""
+    x, branch, weight, bias = rows
+    batch, num_tokens, channels = x.shape
+    calls["add+norm"] = lambda: F.layer_norm(x + branch, (channels,), weight, bias, 1e-6)
+    _add_compiled(setting, calls, calls["definition"])
     row = batch * channels * x.element_size()
     moved = 2 * num_tokens * row + 2 * (num_tokens - num_prop) * row
-    about = {"tokens": num_tokens, "channels": channels}
-    return Case("propagate", f"B{batch} N{num_tokens} C{channels} P{num_prop}", calls, check, moved, about=about)
+    shape = f"{what}B{batch} N{num_tokens} C{channels} P{num_prop}"
+    return Case(op, shape, calls, check, moved, about={"tokens": num_tokens, "channels": channels})
 
 
 def graph_cases(setting: Setting) -> Iterator[Case]:
@@ -294,13 +306,12 @@ def _live_block_cases(setting: Setting, batch: int, side: int, heads: int, size:
     keys, x, branch = (setting.randn(batch, n + 1, channels) for _ in range(3))
     k = keys.unflatten(2, (heads, size)).transpose(1, 2)
     live, sizes = gtp_kernels.live_graph(gtp_kernels.build_graph(x, (side, side))), setting.rand(batch, n + 1) + 1
-    importance = setting.rand(batch, n)
+    importance, num_tokens = setting.rand(batch, n), n + 1 - left
     if left:
         earlier = gtp_kernels.live_select(k, importance, live, left, sizes)
-        live, sizes, num_tokens = earlier.live, earlier.sizes, n + 1 - left
-        k, x, branch, importance = k[:, :, :num_tokens], x[:, :num_tokens], branch[:, :num_tokens], importance[:, left:]
-        x, branch, importance = x.contiguous(), branch.contiguous(), importance.contiguous()
-    num_tokens, items = n + 1 - left, (batch, n - left)
+        live, sizes, k = earlier.live, earlier.sizes, k[:, :, :num_tokens]
+        x, branch = (t[:, :num_tokens].contiguous() for t in (x, branch))
+        importance = importance[:, left:].contiguous()
     shape = f"B{batch} N{num_tokens} C{channels} P{num_prop}"
 
     select = partial(gtp_kernels.live_select, k, importance, live, num_prop, sizes)
@@ -308,7 +319,7 @@ def _live_block_cases(setting: Setting, batch: int, side: int, heads: int, size:
     matching = partial(_tome_matching, k, num_prop)
 
     def stays(found: gtp_kernels.LiveSelection) -> Tensor:
-        return torch.zeros(items, device=k.device).scatter_(1, found.index_kept - 1, 1.0)
+        return torch.zeros_like(importance).scatter_(1, found.index_kept - 1, 1.0)
 
     def check_select() -> None:
         # Scores within rounding of each other may take each other's place.
@@ -339,17 +350,8 @@ def _live_block_cases(setting: Setting, batch: int, side: int, heads: int, size:
         for name, out, expected in zip(("x", "normed"), merge(), merged(), strict=True):
             agree(name, out, expected, tolerance)
 
-    calls = {
-        "ours": merge,
-        "add+norm": lambda: F.layer_norm(x + branch, (channels,), weight, bias, 1e-6),
-        "tome": tome_merge,
-        "definition": merged,
-    }
-    _add_compiled(setting, calls, merged)
-    row = batch * channels * x.element_size()
-    moved = 2 * num_tokens * row + 2 * (num_tokens - num_prop) * row
-    about = {"tokens": num_tokens, "channels": channels}
-    yield Case("live", f"merge {shape}", calls, check_merge, moved, about=about)
+    calls = {"ours": merge, "tome": tome_merge, "definition": merged}
+    yield _step_case(setting, "live", "merge ", (x, branch, weight, bias), num_prop, calls, check_merge)
 
 
 def _tome_matching(k: Tensor, r: int) -> tome.Matching:
