@@ -107,55 +107,45 @@ GTP_DEVICE const void* head_of(const MapParams& p, const void* array, const int6
   return static_cast<const uint16_t*>(array) + image * stride[0] + (head - image * p.image_heads) * stride[1];
 }
 
-// s[r] += q k^T for 16 kRows rows of `q` from `row` on, a multiple of 16, and the first 8 kTiles keys of `k`, which
-// holds whole pairs of tiles.
+// s += q k^T for 16 rows of `q` from `row` on, a multiple of 16, and the first 8 kTiles keys of `k`, which holds whole
+// pairs of tiles.
 //
 // What depends on the lane is computed once and here, so that an address is a register and a constant.
-template <class T, int kSize, int kRows, int kTiles>
-GTP_DEVICE void multiply_keys(float (&s)[kRows][kTiles][4], const unsigned char* q, int row, const unsigned char* k) {
+template <class T, int kSize, int kTiles>
+GTP_DEVICE void multiply_keys(float (&s)[kTiles][4], const unsigned char* q, int row, const unsigned char* k) {
   using Rows = Tile<kSize>;
   const int lane = forget(lane_id());
   const Address queries = shared_address(q) + (row + lane % 16) * Rows::kRowBytes;
   const Address keys = shared_address(k) + (lane % 8 + lane / 16 * 8) * Rows::kRowBytes;
-  constexpr int kUnroll = kRows > 1 ? 1 : kSize / 16;  // beside two rows the operands of the next step find no place
-  GTP_UNROLL_BY(kUnroll)
+  GTP_UNROLL
   for (int step = 0; step < kSize / 16; ++step) {
-    uint32_t a[kRows][4];
-    GTP_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      load_matrices<false>(a[r], queries + Rows::place(lane % 8, 2 * step + lane / 16) + 16 * r * Rows::kRowBytes);
-    }
+    uint32_t a[4];
+    load_matrices<false>(a, queries + Rows::place(lane % 8, 2 * step + lane / 16));
     const Address at = keys + Rows::place(lane % 8, 2 * step + lane / 8 % 2);
     GTP_UNROLL
     for (int tile = 0; tile < kTiles; tile += 2) {
       uint32_t b[4];
       load_matrices<false>(b, at + 8 * tile * Rows::kRowBytes);
-      GTP_UNROLL
-      for (int r = 0; r < kRows; ++r) multiply(s[r][tile], a[r], b[0], b[1], T());
-      if (tile + 1 == kTiles) continue;
-      GTP_UNROLL
-      for (int r = 0; r < kRows; ++r) multiply(s[r][tile + 1 < kTiles ? tile + 1 : 0], a[r], b[2], b[3], T());
+      multiply(s[tile], a, b[0], b[1], T());
+      if (tile + 1 < kTiles) multiply(s[tile + 1 < kTiles ? tile + 1 : 0], a, b[2], b[3], T());
     }
   }
 }
 
-// out[r] += p[r] v for 16 keys and dimensions 16 kFirst to 16 (kFirst + kPairs): p[r] as two tiles of the map in the
-// type of v, v from its row `row` on.
-template <class T, int kSize, int kFirst, int kPairs, int kRows>
-GTP_DEVICE void multiply_values(float (&out)[kRows][2 * kPairs][4], const uint32_t (&p)[kRows][4],
-                                const unsigned char* v, int row) {
+// out += p v for 16 keys and dimensions 16 `first` to 16 (first + kPairs): p as two tiles of the map in the type of v,
+// v from its row `row` on.
+template <class T, int kSize, int kPairs>
+GTP_DEVICE void multiply_values(float (&out)[2 * kPairs][4], const uint32_t (&p)[4], const unsigned char* v, int row,
+                                int first) {
   using Rows = Tile<kSize>;
   const int lane = forget(lane_id());
   const Address values = shared_address(v) + lane % 16 * Rows::kRowBytes;
   GTP_UNROLL
   for (int pair = 0; pair < kPairs; ++pair) {
     uint32_t b[4];
-    load_matrices<true>(b, values + Rows::place(lane % 8, 2 * (kFirst + pair) + lane / 16) + row * Rows::kRowBytes);
-    GTP_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      multiply(out[r][2 * pair], p[r], b[0], b[1], T());
-      multiply(out[r][2 * pair + 1], p[r], b[2], b[3], T());
-    }
+    load_matrices<true>(b, values + Rows::place(lane % 8, 2 * (first + pair) + lane / 16) + row * Rows::kRowBytes);
+    multiply(out[2 * pair], p, b[0], b[1], T());
+    multiply(out[2 * pair + 1], p, b[2], b[3], T());
   }
 }
 
@@ -199,14 +189,14 @@ GTP_DEVICE int column_of_lane() {
   return 8 * (g / 2) + 2 * t + g % 2;
 }
 
-// Writes dimensions 16 kFirst to 16 (kFirst + kPairs) of rows `row` and `row` + 8 of out [B, N, H, d].
-template <class T, int kFirst, int kPairs>
-GTP_DEVICE void store_out(const MapParams& p, unsigned head, int row, const float (&out)[2 * kPairs][4]) {
+// Writes dimensions 16 `first` to 16 (first + kPairs) of rows `row` and `row` + 8 of out [B, N, H, d].
+template <class T, int kPairs>
+GTP_DEVICE void store_out(const MapParams& p, unsigned head, int row, int first, const float (&out)[2 * kPairs][4]) {
   const int t = lane_id() % 4, size = forget(static_cast<int>(p.a.head_size));
   const unsigned heads = p.image_heads, image = p.image_of(head);
-  const bool pairs = size % 2 == 0 && size >= 16 * (kFirst + kPairs);
+  const bool pairs = size % 2 == 0 && size >= 16 * (first + kPairs);
   uint16_t* const of_head = static_cast<uint16_t*>(p.a.out) +
-                            (image * p.a.tokens * heads + (head - image * heads)) * p.a.head_size + 16 * kFirst + 2 * t;
+                            (image * p.a.tokens * heads + (head - image * heads)) * p.a.head_size + 16 * first + 2 * t;
   GTP_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int n = row + 8 * half;
@@ -221,7 +211,7 @@ GTP_DEVICE void store_out(const MapParams& p, unsigned head, int row, const floa
     }
     GTP_UNROLL
     for (int tile = 0; tile < 2 * kPairs; ++tile) {
-      const int c = 16 * kFirst + 8 * tile + 2 * t;
+      const int c = 16 * first + 8 * tile + 2 * t;
       const uint32_t pair = pack(out[tile][2 * half], out[tile][2 * half + 1], T());
       if (c + 1 < size && size % 2 == 0) {
         *reinterpret_cast<uint32_t*>(target + 8 * tile) = pair;

@@ -23,24 +23,24 @@ struct Classes {
 // f(the classes of the smallest padded head size that holds `size`).
 template <class F>
 auto for_head_size(int64_t size, const F& f) {
-  if (size <= 32) return f(Classes<32, 8, 16, 24>());
+  if (size <= 32) return f(Classes<32, 8, 16, 24, 26>());
   // The run of a model at 224 pixels: 197 tokens and what P in every block leaves of them.
-  if (size <= 64) return f(Classes<64, 4, 8, 12, 14, 16, 18, 20, 22, 24, 25>());
-  if (size <= 80) return f(Classes<80, 8, 16, 24>());
-  if (size <= 96) return f(Classes<96, 8, 16, 24>());
-  return f(Classes<128, 8, 16, 22>());
+  if (size <= 64) return f(Classes<64, 4, 8, 12, 14, 16, 18, 20, 22, 24, 25, 26>());
+  if (size <= 80) return f(Classes<80, 8, 16, 24, 26>());
+  if (size <= 96) return f(Classes<96, 8, 16, 24, 26>());
+  return f(Classes<128, 8, 16, 24, 25>());
 }
 
-template <int kSize, int... kTiles>
+template <class T, int kSize, int... kTiles>
 bool fits_registers(Classes<kSize, kTiles...>, int64_t tokens, const Machine& m) {
   size_t bytes = 0;
-  const bool found = ((tokens <= 8 * kTiles && (bytes = RegisterForm<kSize, kTiles>::kBytes, true)) || ...);
+  const bool found = ((tokens <= 8 * kTiles && (bytes = RegisterForm<T, kSize, kTiles>::kBytes, true)) || ...);
   return found && bytes <= static_cast<size_t>(m.shared_bytes);
 }
 
 template <class T, int kSize, int kBefore, int kTiles, int... kMore>
 bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& error) {
-  using Form = RegisterForm<kSize, kTiles>;
+  using Form = RegisterForm<T, kSize, kTiles>;
   if constexpr (sizeof...(kMore) > 0) {
     if (p.a.tokens > 8 * kTiles) return in_registers<T, kSize, kTiles, kMore...>(p, m, stream, error);
   }
@@ -48,9 +48,11 @@ bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& err
   const Launch l = {"attention_in_registers", p.heads < most ? p.heads : most, 1, Form::kThreads, Form::kBytes};
   MapParams ranked = p;
   if (p.a.rank > 0) {
-    // The zeros that pad the map are below the threshold.
-    ranked.wanted = static_cast<int>(p.a.rank + Form::kCount - p.a.tokens * p.a.tokens);
-    ranked.ranks = sample_ranks(ranked.wanted, Form::kCount, Form::sampled());
+    // The zeros that pad the map are below the threshold; the sample is of the queries without the edge.
+    const int64_t tokens = p.a.tokens, rows = tokens < Form::kQueries ? tokens : Form::kQueries;
+    ranked.wanted = static_cast<int>(p.a.rank + Form::kCount - tokens * tokens);
+    ranked.ranks =
+        sample_ranks(p.a.rank * rows / tokens + Form::kRowPlaces - rows * tokens, Form::kRowPlaces, Form::sampled());
   }
   return launch(attention_in_registers<T, kSize, kTiles, kBefore>, ranked, l, stream, error);
 }
@@ -94,7 +96,7 @@ template <class T, int kSize, int... kTiles>
 bool run(Classes<kSize, kTiles...> classes, const MapParams& p, void* stream, Error& error) {
   Machine m;
   if (!machine(m, error)) return false;
-  if (fits_registers(classes, p.a.tokens, m)) return in_registers<T, kSize, 0, kTiles...>(p, m, stream, error);
+  if (fits_registers<T>(classes, p.a.tokens, m)) return in_registers<T, kSize, 0, kTiles...>(p, m, stream, error);
   return by_sweeps<T, kSize>(p, stream, error);
 }
 

@@ -150,9 +150,8 @@ GTP_DEVICE void sweep_keys(const MapParams& p, const Place<kSize>& place, int fr
     load(block + step, buffer ^ 1);
     wait_copies<1>();
     sync_block();
-    float map[1][kSweepKeys / 8][4] = {};
-    float (&s)[kSweepKeys / 8][4] = map[0];
-    multiply_keys<T, kSize>(map, place.q, 16 * warp_id(), place.k + buffer * Sweep<kSize>::kKeys);
+    float s[kSweepKeys / 8][4] = {};
+    multiply_keys<T, kSize>(s, place.q, 16 * warp_id(), place.k + buffer * Sweep<kSize>::kKeys);
     const float* const scales = place.log_scales + buffer * kSweepKeys;
     GTP_UNROLL
     for (int tile = 0; tile < kSweepKeys / 8; ++tile) {
@@ -429,7 +428,7 @@ attention_output(GTP_CONSTANT MapParams p) {
   float* const diag = static_cast<float*>(p.a.diag) + static_cast<int64_t>(place.head) * tokens;
   float* const cls_row = static_cast<float*>(p.a.cls_row) + static_cast<int64_t>(place.head) * tokens;
   float* const block_sums = w.sums + (static_cast<int64_t>(place.head) * p.row_blocks + blockIdx.x) * tokens;
-  float out[1][kSize / 8][4] = {};
+  float out[kSize / 8][4] = {};
   int buffer = 0;
   sweep_keys<T, kSize>(p, place, 0, 1, [&](int first, auto& s) {
     unsigned char* const rows = v + buffer * Sweep<kSize>::kKeys;
@@ -469,9 +468,9 @@ attention_output(GTP_CONSTANT MapParams p) {
     sync_block();
     GTP_UNROLL
     for (int step = 0; step < kSweepKeys / 16; ++step) {
-      uint32_t packed[1][4];
-      pack_tiles<T>(packed[0], s[2 * step], s[2 * step + 1]);
-      multiply_values<T, kSize, 0, kSize / 16>(out, packed, rows, 16 * step);
+      uint32_t packed[4];
+      pack_tiles<T>(packed, s[2 * step], s[2 * step + 1]);
+      multiply_values<T, kSize, kSize / 16>(out, packed, rows, 16 * step, 0);
     }
     for (int i = static_cast<int>(threadIdx.x); i < kSweepKeys; i += kSweepThreads) {
       float total = 0;
@@ -480,7 +479,7 @@ attention_output(GTP_CONSTANT MapParams p) {
     }
     buffer ^= 1;
   });
-  store_out<T, 0, kSize / 16>(p, place.head, row, out[0]);
+  store_out<T, kSize / 16>(p, place.head, row, 0, out);
 }
 
 }  // namespace cuda

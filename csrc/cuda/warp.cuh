@@ -20,8 +20,6 @@
 #define GTP_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define GTP_UNROLL _Pragma("unroll")
 #define GTP_NO_UNROLL _Pragma("unroll 1")
-#define GTP_PRAGMA(text) _Pragma(#text)
-#define GTP_UNROLL_BY(count) GTP_PRAGMA(unroll count)
 
 namespace gtp {
 namespace cuda {
@@ -160,16 +158,11 @@ GTP_DEVICE float widen(uint16_t bits, Float16) {
   return value;
 }
 
-// 2^x by the special function unit, within 2 ulp. Where it is less than the least normal float it is 0, or with
-// kSubnormal what it should be, which takes three more instructions.
-template <bool kSubnormal = false>
+// 2^x by the special function unit, within 2 ulp; 0 where it is less than the least normal float, as what it should be
+// there takes three more instructions.
 GTP_DEVICE float exp2_fast(float x) {
   float y;
-  if constexpr (kSubnormal) {
-    asm("ex2.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  } else {
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  }
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 // 1 / sqrt(x) within 2 ulp.
@@ -234,6 +227,17 @@ GTP_DEVICE float max_lanes(float value) {
   GTP_UNROLL
   for (int mask = kGroup / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
   return value;
+}
+// op over 4 lanes that follow each other, of two values each.
+template <class Op>
+GTP_DEVICE void combine_pair(float (&values)[2], const Op& op) {
+  const bool odd = lane_id() % 2;
+  float mine = odd ? values[1] : values[0];
+  mine = op(mine, shuffle_xor(odd ? values[0] : values[1], 1));
+  mine = op(mine, shuffle_xor(mine, 2));
+  const float theirs = shuffle_xor(mine, 1);
+  values[0] = odd ? theirs : mine;
+  values[1] = odd ? mine : theirs;
 }
 // The sum of the lanes before this one and of this one.
 GTP_DEVICE int scan_lanes(int value) {

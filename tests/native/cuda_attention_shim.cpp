@@ -15,7 +15,7 @@ bool attention_float16(const MapParams&, void*, Error&) {
 }  // namespace cuda
 }  // namespace gtp
 
-// form 0: registers, for N up to 64, or 193 to 200; 1: sweeps. sizes: B, H, N, d, rank, force_miss. q, k, v, out:
+// form 0: registers, for N up to 64, or 193 to 208; 1: sweeps. sizes: B, H, N, d, rank, force_miss. q, k, v, out:
 // contiguous [B, H, N, d], out [B, N, H, d]. workspace: at least workspace_bytes(sizes).
 extern "C" int64_t workspace_bytes(const int64_t* sizes) {
   gtp::AttentionParams a;
@@ -49,7 +49,7 @@ extern "C" int attention(int form, const int64_t* sizes, const void* q, const vo
   const cuda::Machine m;
   const bool good = form == 1        ? cuda::by_sweeps<cuda::BFloat16, 64>(p, nullptr, e)
                     : a.tokens <= 64 ? cuda::in_registers<cuda::BFloat16, 64, 0, 8>(p, m, nullptr, e)
-                                     : cuda::in_registers<cuda::BFloat16, 64, 24, 25>(p, m, nullptr, e);
+                                     : cuda::in_registers<cuda::BFloat16, 64, 24, 25, 26>(p, m, nullptr, e);
   std::memcpy(error, e.text, sizeof e.text);
   return good;
 }

@@ -29,7 +29,6 @@
 #define GTP_SHARED(name) unsigned char* const name = ::gtp::emulated::block().shared
 #define GTP_UNROLL
 #define GTP_NO_UNROLL
-#define GTP_UNROLL_BY(count) static_cast<void>(count);
 
 namespace gtp {
 namespace emulated {
@@ -452,9 +451,8 @@ inline float widen(uint16_t bits, BFloat16) {
 inline float widen(uint16_t bits, Float16) {
   return emulated::widened(bits, false);
 }
-template <bool kSubnormal = false>
-float exp2_fast(float x) {
-  return x < -126 && !kSubnormal ? 0 : exp2f(x);
+inline float exp2_fast(float x) {
+  return x < -126 ? 0 : exp2f(x);
 }
 inline float rsqrt_fast(float x) {
   return 1 / sqrtf(x);
