@@ -37,7 +37,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CXX_SOURCES := $(shell find csrc tests/native examples -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread lint arm64 format demo \
+.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread sanitize-races lint arm64 format demo \
   example-cpp wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
@@ -99,6 +99,12 @@ test-cuda: build  ## the same tests on the CUDA C++ kernels, on the emulated GPU
 	@GTP_KERNELS_EMULATE_CUDA=1 $(ONE_THREAD) $(PYTEST) -k cuda -n $(WORKERS) --dist worksteal \
 	  --durations=10 --durations-min=10 $(EMULATED) $(ARGS)
 
+# A graph or an index that lies may make two threads write the same place: then the result is wrong, as documented.
+sanitize-races: build  ## the emulated CUDA kernels under a race detector, on all their own tests; minutes
+	@echo "-- CUDA kernels in emulation, under the race detector"
+	@GTP_EMULATED_RACES=1 $(ONE_THREAD) $(PYTEST) -n $(WORKERS) --dist worksteal --durations=10 --durations-min=30 \
+	  $(addprefix tests/test_cuda_,attention.py graph.py live.py propagate.py) -k "not lies and not bad_" $(ARGS)
+
 # For one architecture, as compile-check compiles the others: that the library links, loads and refuses.
 CUDA_LIB = $(CURDIR)/build/cuda/lib
 
@@ -133,7 +139,7 @@ IN_PYTHON = LD_PRELOAD="$(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c
 # The native tests, and those of the ops for bfloat16, which NumPy lacks.
 SANITIZE_TESTS := $(addprefix $(CURDIR)/tests/test_,native.py attention.py propagate.py graph.py select.py live.py)
 
-sanitize: sanitize-address sanitize-thread  ## the native tests under GCC's address, undefined and thread sanitizers
+sanitize: sanitize-address sanitize-thread sanitize-races  ## the native tests under GCC's sanitizers, and the next
 
 sanitize-address: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize-address: build

@@ -347,6 +347,7 @@ struct Image {
         sync_warp();
       }
     }
+    sync_warp();  // all lanes have read what others write
     for (int i0 = rows - 1; i0 >= 0 && left < prop; i0 -= kLanes) {
       const int row = i0 >= lane_id() ? order[i0 - lane_id()] : -1;
       const bool drops = row >= 0 && into[row] == kStays;

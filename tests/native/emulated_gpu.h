@@ -3,8 +3,9 @@
 // A lane runs until it meets a collective of its warp, a barrier of the block, or its end; a collective happens when
 // all 32 lanes have come to the same one, at the same line of the same kind. In which order lanes and warps run between
 // two such points is drawn from a seed (GTP_EMULATED_SEED), so that a missing barrier shows. Shared memory begins as
-// NaN, and ends with a guard; a copy_async lands at once or when it is waited for, which the seed decides. What is not
-// emulated: the rounding inside a tensor core (here the sum of 16 products is exact and rounded once), and time.
+// NaN, and ends with a guard; a copy_async lands at once or when it is waited for, which the seed decides. Compiled
+// with GTP_EMULATED_RACES, a race ends the process whatever the order (emulated_races.h). What is not emulated: the
+// rounding inside a tensor core (here the sum of 16 products is exact and rounded once), and time.
 #pragma once
 
 #include <math.h>
@@ -22,6 +23,8 @@
 #include <random>
 #include <vector>
 
+#include "emulated_races.h"
+
 #define GTP_GLOBAL(...) static void
 #define GTP_DEVICE inline
 #define GTP_HOST_DEVICE
@@ -38,6 +41,7 @@ struct Index {
 };
 
 enum class Wait { None, Warp, Block, Done };
+enum Kind { kSync = 1, kShuffle, kBallot, kMatrices, kMatricesTransposed, kMultiplyBFloat16, kMultiplyFloat16 };
 
 // What a lane brings to a collective, and takes from it.
 struct Offer {
@@ -58,6 +62,7 @@ struct Lane {
   struct Copy {
     void* target;
     unsigned char data[16];
+    bool landed;
   };
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
@@ -86,6 +91,9 @@ class Block {
     body_ = &body;
     random = &order;
     size = {static_cast<unsigned>(threads), 1, 1};
+    races().begin_block(shared, shared_bytes);
+    barriers_ = 0;
+    warp_barriers_.assign(static_cast<size_t>(threads / 32), 0);
     while (lanes_.size() < static_cast<size_t>(threads)) {
       lanes_.push_back(std::make_unique<Lane>());
       lanes_.back()->stack.reset(new char[kStack]);
@@ -114,6 +122,7 @@ class Block {
       if (!done && !at_barrier) fail("some threads wait at a barrier of the block that others never reach");
       if (!done) {
         for (int i = 0; i < threads; ++i) lanes_[i]->wait = Wait::None;
+        ++barriers_;
       }
     }
     for (size_t i = 0; i < kGuard; ++i) {
@@ -121,8 +130,13 @@ class Block {
     }
   }
 
+  void continue_turn() {
+    const unsigned thread = lane->index.x;
+    races().begin_turn(thread, barriers_, warp_barriers_[thread / 32], lane->stack.get(), kStack);
+  }
   // Leaves this lane until what it waits for has happened.
   void pause(Wait wait) {
+    races().end_turn();
     Lane* const self = lane;
     self->wait = wait;
     if (_setjmp(self->buffer) == 0) _longjmp(scheduler_, 1);
@@ -141,6 +155,7 @@ class Block {
       if (waiting == 0) return;  // at a barrier of the block, or done
       if (waiting < 32) fail("a collective that not all lanes of the warp take part in");
       complete(&lanes_[warp * 32]);
+      if (lanes_[warp * 32]->offer.kind == kSync) ++warp_barriers_[warp];
       for (int l = 0; l < 32; ++l) lanes_[warp * 32 + l]->wait = Wait::None;
     }
   }
@@ -148,7 +163,10 @@ class Block {
   void resume(Lane& next) {
     lane = &next;
     if (_setjmp(scheduler_) != 0) return;
-    if (next.started) _longjmp(next.buffer, 1);
+    if (next.started) {
+      continue_turn();
+      _longjmp(next.buffer, 1);
+    }
     next.started = true;
     getcontext(&next.context);
     next.context.uc_stack.ss_sp = next.stack.get();
@@ -163,6 +181,8 @@ class Block {
 
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<unsigned char> memory_;
+  uint32_t barriers_ = 0;  // met by the block so far
+  std::vector<uint32_t> warp_barriers_;
   const std::function<void()>* body_ = nullptr;
   jmp_buf scheduler_;
 };
@@ -173,11 +193,10 @@ inline Block& block() {
 }
 
 inline void Block::entry() {
+  block().continue_turn();
   (*block().body_)();
   block().pause(Wait::Done);
 }
-
-enum Kind { kSync = 1, kShuffle, kBallot, kMatrices, kMatricesTransposed, kMultiplyBFloat16, kMultiplyFloat16 };
 
 inline float widened(uint16_t bits, bool bfloat) {
   if (bfloat) {
@@ -271,6 +290,7 @@ inline void run_grid(unsigned blocks_x, unsigned blocks_y, int threads, size_t s
   std::vector<uint64_t> blocks(static_cast<uint64_t>(blocks_x) * blocks_y);
   for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
   std::shuffle(blocks.begin(), blocks.end(), order);
+  races().begin_launch();
   Block& b = block();
   b.grid = {blocks_x, blocks_y, 1};
   for (uint64_t i : blocks) {
@@ -288,7 +308,19 @@ namespace cuda {
 #define blockDim (::gtp::emulated::block().size)
 #define gridDim (::gtp::emulated::block().grid)
 
+// The emulation runs and not a thread of the GPU, until the end of a scope.
+class Untracked {
+ public:
+  Untracked() {
+    emulated::races().end_turn();
+  }
+  ~Untracked() {
+    emulated::block().continue_turn();
+  }
+};
+
 inline emulated::Offer& collective(const emulated::Offer& offer) {
+  const Untracked untracked;
   emulated::Block& block = emulated::block();
   emulated::Lane* const self = block.lane;
   self->offer = offer;
@@ -331,16 +363,22 @@ inline unsigned ballot(bool vote) {
   return static_cast<unsigned>(collective(offer).value[0]);
 }
 inline int atomic_add(int* target, int value) {
+  emulated::races().access(target, sizeof *target, emulated::Access::Atomic);
+  const Untracked untracked;
   const int before = *target;
   *target += value;
   return before;
 }
 inline int atomic_exchange(int* target, int value) {
+  emulated::races().access(target, sizeof *target, emulated::Access::Atomic);
+  const Untracked untracked;
   const int before = *target;
   *target = value;
   return before;
 }
 inline uint32_t atomic_max(uint32_t* target, uint32_t value) {
+  emulated::races().access(target, sizeof *target, emulated::Access::Atomic);
+  const Untracked untracked;
   const uint32_t before = *target;
   *target = std::max(before, value);
   return before;
@@ -349,15 +387,15 @@ inline uint32_t atomic_max(uint32_t* target, uint32_t value) {
 inline void copy_async(void* target, const void* source, bool valid) {
   if (reinterpret_cast<uintptr_t>(target) % 16) emulated::fail("copy_async: the target is not aligned");
   if (valid && reinterpret_cast<uintptr_t>(source) % 16) emulated::fail("copy_async: the source is not aligned");
-  emulated::Lane::Copy copy{target, {}};
+  emulated::races().begin_copy(target, source, valid);
+  const Untracked untracked;
+  emulated::Lane::Copy copy{target, {}, (*emulated::block().random)() % 2 != 0};
   if (valid) std::memcpy(copy.data, source, 16);
-  if ((*emulated::block().random)() % 2) {
-    std::memcpy(target, copy.data, 16);
-  } else {
-    emulated::block().lane->open.push_back(copy);
-  }
+  if (copy.landed) std::memcpy(target, copy.data, 16);
+  emulated::block().lane->open.push_back(copy);
 }
 inline void commit_copies() {
+  const Untracked untracked;
   emulated::Lane* const lane = emulated::block().lane;
   lane->groups.push_back(std::move(lane->open));
   lane->open.clear();
@@ -366,7 +404,12 @@ template <int kPending>
 void wait_copies() {
   auto& groups = emulated::block().lane->groups;
   while (groups.size() > kPending) {
-    for (const auto& copy : groups.front()) std::memcpy(copy.target, copy.data, 16);
+    for (const auto& copy : groups.front()) {
+      emulated::races().end_copy(copy.target);
+      const Untracked untracked;
+      if (!copy.landed) std::memcpy(copy.target, copy.data, 16);
+    }
+    const Untracked untracked;
     groups.erase(groups.begin());
   }
 }
@@ -388,6 +431,7 @@ void load_matrices(uint32_t (&r)[4], Address row) {
   emulated::Offer offer;
   offer.kind = kTranspose ? emulated::kMatricesTransposed : emulated::kMatrices;
   offer.address = row;
+  emulated::races().access(row, 16, emulated::Access::Read);
   const emulated::Offer& result = collective(offer);
   for (int m = 0; m < 4; ++m) r[m] = static_cast<uint32_t>(result.value[m]);
 }
