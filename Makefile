@@ -37,8 +37,8 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CXX_SOURCES := $(shell find csrc tests/native examples -type f | grep -E '[.](cpp|h|hpp|cu|cuh)$$')
 NATIVE := setup.py CMakeLists.txt gtp_kernels/ops/schemas.txt $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread sanitize-races lint arm64 format demo \
-  example-cpp wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
+.PHONY: help venv build test test-triton test-cuda cuda sanitize sanitize-address sanitize-thread sanitize-races lint \
+  arm64 format demo example-cpp wheel matrix sdist info compile-check compile-check-all gpu gpu-dry-run readme clean distclean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -139,7 +139,7 @@ IN_PYTHON = LD_PRELOAD="$(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c
 # The native tests, and those of the ops for bfloat16, which NumPy lacks.
 SANITIZE_TESTS := $(addprefix $(CURDIR)/tests/test_,native.py attention.py propagate.py graph.py select.py live.py)
 
-sanitize: sanitize-address sanitize-thread sanitize-races  ## the native tests under GCC's sanitizers, and the next
+sanitize: sanitize-address sanitize-thread sanitize-races  ## the native tests under GCC's sanitizers, and sanitize-races
 
 sanitize-address: export UBSAN_OPTIONS := print_stacktrace=1
 sanitize-address: build

@@ -87,8 +87,21 @@ bool is_paper(const std::string& semantics) {
   return option<bool>("semantics", semantics, parse_semantics);
 }
 
+// A new tensor where `like` is. The function that compiled models allocate with: torch::stable::new_empty looks up an
+// operator by its name each time.
+Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape& stride, ScalarType type) {
+  int32_t device = 0;
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
+                                                  dtype, device, like.get_device_index(), &made));
+  return Tensor(made);
+}
 Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+  Shape stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) stride[i - 1] = stride[i] * std::max<int64_t>(shape[i], 1);
+  return empty_strided(like, shape, stride, type);
 }
 
 Tensor to_contiguous(const Tensor& tensor) {
@@ -292,7 +305,10 @@ struct Ops {
     Optional scales;
     AttentionParams p = attention_of(q, k, v, token_scales, sparsity, scale, semantics, scales);
     const ScalarType score_type = p.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float;
-    Tensor out = empty(q, {p.batch, p.tokens, p.heads, p.head_size}, q.scalar_type());
+    // As [B, N, H, d] in memory.
+    const int64_t row = p.heads * p.head_size;
+    Tensor out = empty_strided(q, {p.batch, p.heads, p.tokens, p.head_size},
+                               {p.tokens * row, p.head_size, row, int64_t{1}}, q.scalar_type());
     Tensor diag = empty(q, {p.batch, p.heads, p.tokens}, score_type);
     Tensor colsum = empty(q, {p.batch, p.heads, p.tokens}, score_type);
     Tensor cls_row = empty(q, {p.batch, p.heads, p.tokens}, score_type);
@@ -301,7 +317,7 @@ struct Ops {
     p.colsum = colsum.mutable_data_ptr();
     p.cls_row = cls_row.mutable_data_ptr();
     Device(q).attention(p, q);
-    return {torch::stable::transpose(out, 1, 2), diag, colsum, cls_row};
+    return {out, diag, colsum, cls_row};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> attention_with_scores_backward(const Tensor& grad_out, const Tensor& q,

@@ -19,7 +19,7 @@ def build(shim: str, folder: Path, *, csrc: Path = CSRC, optimize: str = "-O2") 
     """``tests/native/<shim>`` with the sources of ``csrc``, compiled into ``folder``: the path of the library.
 
     Under ``GTP_EMULATED_RACES=1`` with the detector of tests/native/emulated_races.h. ``GTP_EMULATED_SHIM`` names a
-    library that is there already: test_cuda_mutations.py runs tests on mutated kernels.
+    library that is there already: test_cuda_mutations.py and test_cuda_races.py run tests on mutated kernels.
     """
     if given := os.environ.get("GTP_EMULATED_SHIM"):
         return Path(given)
@@ -33,7 +33,8 @@ def build(shim: str, folder: Path, *, csrc: Path = CSRC, optimize: str = "-O2") 
         return target
     # Linked without the flag: what the compiler calls is the detector's, not the library's that comes with it.
     compiled = target.with_suffix(".o")
-    watched = ["-fsanitize=thread", "-DGTP_EMULATED_RACES", "-g1"]
+    watched = ["-fsanitize=thread", "-DGTP_EMULATED_RACES", "-g1"]  # -g1: a debugger shows where it ends
+    wrapped = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]
     subprocess.run([*command, *watched, "-c", "-o", str(compiled)], check=True)
-    subprocess.run([compiler, "-shared", str(compiled), "-Wl,--no-undefined", "-o", str(target)], check=True)
+    subprocess.run([compiler, "-shared", str(compiled), *wrapped, "-Wl,--no-undefined", "-o", str(target)], check=True)
     return target

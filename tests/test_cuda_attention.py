@@ -26,6 +26,7 @@ class Attention:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.workspace_bytes.restype = ctypes.c_int64
+        self.library.atomic_adds.restype = ctypes.c_uint64
 
     def __call__(
         self, form: str, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, rank: int, *, miss: bool = False
@@ -79,6 +80,8 @@ CASES = [
     ("registers", 201, 3, 64, 0.6, 1.0),
     ("registers", 208, 1, 64, 1.0, 6.0),
     ("registers", 205, 1, 40, 0.9, 4.0),
+    ("registers", 201, 1, 88, 0.6, 1.0),
+    ("registers", 197, 1, 128, 0.6, 1.0),
     ("sweeps", 64, 2, 64, 0.6, 1.0),
     ("sweeps", 197, 2, 64, 0.6, 1.0),
     ("sweeps", 150, 1, 33, 0.9, 6.0),
@@ -143,6 +146,34 @@ def test_nan_is_above_every_threshold(attention: Attention, form: str) -> None:
     assert torch.equal(out.transpose(1, 2).isnan(), want.isnan())
     torch.testing.assert_close(diag, scores.diag, rtol=1e-4, atol=2e-5, equal_nan=True)
     assert colsum.isnan().all()
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 1.0])
+@pytest.mark.parametrize("tokens", [197, 201])
+def test_edge_of_what_is_not_finite(attention: Attention, tokens: int, sparsity: float) -> None:
+    """The queries beyond 192: a row of NaN, keys without weight in all but one warp's part, and in all."""
+    rank = threshold_rank(tokens, sparsity, "official")
+    q, k, v, scales = case(tokens, heads=1)
+    for last in (0.0, torch.nan):
+        q[0, 0, -1] += last
+        for there in (range(tokens), [0], [tokens - 1], []):
+            weights = torch.zeros_like(scales)
+            weights[:, list(there)] = scales[:, list(there)]
+            out, diag, colsum, cls_row = attention("registers", q, k, v, weights, rank)
+            want, scores = reference.attention_with_scores(q.float(), k.float(), v.float(), weights, sparsity=sparsity)
+            torch.testing.assert_close(out.float().transpose(1, 2), want, rtol=0.02, atol=0.03, equal_nan=True)
+            for ours, theirs in ((diag, scores.diag), (colsum, scores.colsum), (cls_row, scores.cls_row)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [97, 105, 161, 177, 193, 197, 201, 208])
+def test_the_bracket_of_the_sample_holds(attention: Attention, tokens: int) -> None:
+    """A search of the whole map counts each of its values, more than once; the usual way a part of them."""
+    q, k, v, scales = case(tokens, heads=2)
+    for share in (0.002, 0.05, 0.1, 0.4, 0.9):
+        before = attention.library.atomic_adds()
+        attention("registers", q, k, v, scales, int(share * tokens * tokens))
+        assert attention.library.atomic_adds() - before < tokens * tokens
 
 
 @pytest.mark.parametrize("form", FORMS)

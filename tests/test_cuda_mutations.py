@@ -14,7 +14,7 @@ from emulated import CSRC, build
 TESTS = Path(__file__).parent
 # For each stem the tests that notice, by pytest's -k.
 NOTICED_BY = {
-    "attention": "matches_definition or every_rank or ties or images",
+    "attention": "matches_definition or every_rank or ties or images or edge_of or bracket",
     "graph": "ties or numbers_of_neighbours",
     "live": "matches_definition or graph or all_but_one or many_tokens or no_number",
     "propagate": "residual_step or test_select or test_propagate or merge",
@@ -42,6 +42,9 @@ MUTATIONS = [
     ("attention", "attention_edge.cuh", "s[2][2 * kGroups - 1] : s[2][2 * kGroups - 2]", "s[2][1] : s[2][0]"),
     ("attention", "attention_edge.cuh", "lane % kQueries * kStride + lane / 16 * 8", "lane % kQueries * kStride"),
     ("attention", "attention_edge.cuh", "i / (2 * kHeld) * 2 + i % 2", "i % 2"),
+    ("attention", "attention_edge.cuh", "largest[group] == -kInfinity ? 0.0f : largest[group]", "largest[group]"),
+    ("attention", "attention_edge.cuh", "held && is_query[group] && key < tokens", "held && is_query[group]"),
+    ("attention", "attention_run.cuh", "    ranked.ranks.high += zeros;\n", ""),
     ("attention", "attention_run.cuh", "rank + Form::kCount", "rank + 1 + Form::kCount"),
     ("attention", "attention_sweep.cuh", "sum[half] *= ", "sum[half] += 0 * "),
     (

@@ -17,13 +17,13 @@ from emulated import CSRC, build
 TESTS = Path(__file__).parent
 # Of each stem the tests, by pytest's -k: every kernel and form, in seconds.
 WATCHED = {
-    "attention": "not order_of_threads",
+    "attention": "not order_of_threads and not bracket and not edge_of",
     "graph": "matches_definition or strided or equal_rows or overtake or grid3-32",
     "live": "matches_definition or all_but_one or many_tokens or one_form or no_number",
     "propagate": "residual_step or many_edges or merge_of_few or test_select[37 "
     "or (select_propagate and Mean and dtype0 and grid)",
 }
-# (stem, file, what stands there, what takes its place, the test that meets it): mostly right in one order of threads.
+# (stem, file, what stands there, what takes its place, the test that meets it).
 MUTATIONS = [
     (
         "attention",
@@ -45,7 +45,7 @@ MUTATIONS = [
         "attention_sweep.cuh",
         "    wait_copies<1>();\n    sync_block();\n",
         "    sync_block();\n",
-        "arguments9",
+        "order_of_threads and sweeps",
     ),
     ("live", "live.cuh", "    sync_warp();  // all lanes have read what others write\n", "", "matches_definition"),
 ]

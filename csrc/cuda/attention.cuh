@@ -33,22 +33,25 @@ struct RegisterForm {
   static constexpr bool kHasEdge = EdgeForm::kGroups > 0;
   static constexpr int kTiles = kNumTiles, kSteps = (kTiles + 1) / 2;
   static constexpr int kWarps = kHasEdge ? EdgeForm::kWarps : kSteps;
-  static constexpr int kTokens = 16 * kSteps, kQueries = 16 * kWarps;  // in shared memory; without the edge
-  // Places of the map, without the edge and with it.
-  static constexpr int kRowPlaces = kQueries * 8 * kTiles, kCount = kRowPlaces + EdgeForm::kPlaces;
+  static constexpr int kTokens = 16 * kSteps;                                  // in shared memory
+  static constexpr int kCount = 16 * kWarps * 8 * kTiles + EdgeForm::kPlaces;  // places of the map
   static constexpr int kThreads = kLanes * kWarps;
   // Of a block on one multiprocessor; registers allow that many.
   static constexpr int kBlocks = kSteps > 8 ? 1 : kSteps > 4 || kSize > 64 ? 2 : 3;
   // One tile of keys in so many is the sample, of a warp's own queries.
   static constexpr int kSampleStep = kSteps >= 7 ? 8 : kSteps >= 4 ? 4 : 1;
-  static constexpr int kRoom = kCount / 12;  // candidates
+  static constexpr int kRoom = kCount / (kSteps > 8 ? 12 : 8);  // candidates; a smaller sample leaves more of them
   static constexpr GTP_HOST_DEVICE bool is_sampled(int tile, int warp) {
     return (tile + warp) % kSampleStep == 0;
   }
-  static constexpr int sampled() {
+  // Of a map of so many tokens, the values in the sample.
+  static int sampled(int tokens) {
+    const auto there = [=](int first, int count) { return tokens <= first ? 0 : smaller(tokens - first, count); };
     int count = 0;
     for (int warp = 0; warp < kWarps; ++warp) {
-      for (int tile = 0; tile < kTiles; ++tile) count += is_sampled(tile, warp) ? 4 * kLanes : 0;
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (is_sampled(tile, warp)) count += there(16 * warp, 16) * there(8 * tile, 8);
+      }
     }
     return count;
   }
@@ -115,6 +118,7 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int wanted, 
   sync_block();
   range = *reinterpret_cast<const Range*>(range_there);
   Bracket bracket = bracket_of(range, fine, ranks);
+  bracket.low = bracket.low ? bracket.low : 1;  // the zeros that pad the map are no candidates
   int below = 0, upto = 0;
   each([&](uint32_t key) {
     count_below(below, key, bracket.low);
@@ -154,6 +158,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
   using Form = RegisterForm<T, kSize, kTiles>;
   using Tiles = Tile<kSize>;
   constexpr int kSteps = Form::kSteps, kWarps = Form::kWarps;
+  static_assert(!Form::kHasEdge || 8 * kBefore >= 16 * kWarps, "beside an edge the rows of all warps are queries");
   GTP_SHARED(memory);
   unsigned char* const q = memory;
   unsigned char* const k = q + Tiles::bytes(Form::kTokens);

@@ -48,11 +48,13 @@ bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& err
   const Launch l = {"attention_in_registers", p.heads < most ? p.heads : most, 1, Form::kThreads, Form::kBytes};
   MapParams ranked = p;
   if (p.a.rank > 0) {
-    // The zeros that pad the map are below the threshold; the sample is of the queries without the edge.
-    const int64_t tokens = p.a.tokens, rows = tokens < Form::kQueries ? tokens : Form::kQueries;
+    // The zeros that pad the map are below the threshold, in the sample too.
+    const int64_t tokens = p.a.tokens;
+    const int values = Form::sampled(static_cast<int>(tokens)), zeros = Form::sampled(Form::kTokens) - values;
     ranked.wanted = static_cast<int>(p.a.rank + Form::kCount - tokens * tokens);
-    ranked.ranks =
-        sample_ranks(p.a.rank * rows / tokens + Form::kRowPlaces - rows * tokens, Form::kRowPlaces, Form::sampled());
+    ranked.ranks = sample_ranks(p.a.rank, tokens * tokens, values);
+    ranked.ranks.low += zeros;
+    ranked.ranks.high += zeros;
   }
   return launch(attention_in_registers<T, kSize, kTiles, kBefore>, ranked, l, stream, error);
 }

@@ -1,6 +1,6 @@
 // The exact rank-th smallest of a map, by the bit patterns of its values, which are not negative: as unsigned integers
 // those are in the order of the values, and NaN is above all. A place that is no value of the map is kNothing, the
-// highest pattern.
+// highest pattern, or in registers zero, the lowest.
 //
 // A sample of the map, counted twice (over all floats, then over the few bins that the rank can be in), gives a bracket
 // [low, high) that holds the rank-th value with all but a few in a thousand; one pass counts what is below and collects

@@ -1,5 +1,5 @@
-// csrc/cuda/attention.cu on the emulated GPU, for ctypes: each form on its own, bfloat16, d up to 64; and the places of
-// the threshold that the op does not show.
+// csrc/cuda/attention.cu on the emulated GPU, for ctypes: each form on its own, in bfloat16, and what the op does not
+// show of it.
 #include "cuda/attention.cu"
 
 namespace gtp {
@@ -15,7 +15,7 @@ bool attention_float16(const MapParams&, void*, Error&) {
 }  // namespace cuda
 }  // namespace gtp
 
-// form 0: registers, for N up to 64, or 193 to 208; 1: sweeps. sizes: B, H, N, d, rank, force_miss. q, k, v, out:
+// form 0: registers; 1: sweeps, for d up to 64. sizes: B, H, N, d, rank, force_miss. q, k, v, out:
 // contiguous [B, H, N, d], out [B, N, H, d]. workspace: at least workspace_bytes(sizes).
 extern "C" int64_t workspace_bytes(const int64_t* sizes) {
   gtp::AttentionParams a;
@@ -23,6 +23,10 @@ extern "C" int64_t workspace_bytes(const int64_t* sizes) {
   gtp::cuda::Workspace w;
   size_t counters;
   return static_cast<int64_t>(place_workspace(gtp::cuda::map_params(a, nullptr), nullptr, w, counters));
+}
+
+extern "C" uint64_t atomic_adds() {
+  return gtp::cuda::atomic_adds;
 }
 
 extern "C" unsigned image_of(unsigned heads, unsigned head) {
@@ -47,9 +51,10 @@ extern "C" int attention(int form, const int64_t* sizes, const void* q, const vo
   const cuda::MapParams p = cuda::map_params(a, workspace);
   Error e;
   const cuda::Machine m;
-  const bool good = form == 1        ? cuda::by_sweeps<cuda::BFloat16, 64>(p, nullptr, e)
-                    : a.tokens <= 64 ? cuda::in_registers<cuda::BFloat16, 64, 0, 8>(p, m, nullptr, e)
-                                     : cuda::in_registers<cuda::BFloat16, 64, 24, 25, 26>(p, m, nullptr, e);
+  const bool good = form == 1          ? cuda::by_sweeps<cuda::BFloat16, 64>(p, nullptr, e)
+                    : a.head_size > 96 ? cuda::in_registers<cuda::BFloat16, 128, 24, 25>(p, m, nullptr, e)
+                    : a.head_size > 64 ? cuda::in_registers<cuda::BFloat16, 96, 24, 26>(p, m, nullptr, e)
+                                       : cuda::in_registers<cuda::BFloat16, 64, 0, 8, 14, 24, 25, 26>(p, m, nullptr, e);
   std::memcpy(error, e.text, sizeof e.text);
   return good;
 }

@@ -1,11 +1,12 @@
 // The machine of csrc/cuda/warp.cuh on the host, for tests: the threads of a block are fibers on one host thread.
 //
 // A lane runs until it meets a collective of its warp, a barrier of the block, or its end; a collective happens when
-// all 32 lanes have come to the same one, at the same line of the same kind. In which order lanes and warps run between
-// two such points is drawn from a seed (GTP_EMULATED_SEED), so that a missing barrier shows. Shared memory begins as
-// NaN, and ends with a guard; a copy_async lands at once or when it is waited for, which the seed decides. Compiled
-// with GTP_EMULATED_RACES, a race ends the process whatever the order (emulated_races.h). What is not emulated: the
-// rounding inside a tensor core (here the sum of 16 products is exact and rounded once), and time.
+// all 32 lanes have come to the same one, of the same kind at the same line (in a function that several places call,
+// the line there). In which order lanes and warps run between two such points is drawn from a seed (GTP_EMULATED_SEED),
+// so that a missing barrier shows. Shared memory begins as NaN, and ends with a guard; a copy_async lands at once or
+// when it is waited for, which the seed decides. Compiled with GTP_EMULATED_RACES, a race ends the process whatever the
+// order (emulated_races.h). What is not emulated: the rounding inside a tensor core (here the sum of 16 products is
+// exact and rounded once), and time.
 #pragma once
 
 #include <math.h>
@@ -45,7 +46,7 @@ enum Kind { kSync = 1, kShuffle, kBallot, kMatrices, kMatricesTransposed, kMulti
 
 // What a lane brings to a collective, and takes from it.
 struct Offer {
-  int kind = 0;
+  int kind = 0, line = 0;
   uint64_t value[4] = {};
   float c[4] = {};
   const void* address = nullptr;
@@ -195,6 +196,10 @@ inline Block& block() {
 inline void Block::entry() {
   block().continue_turn();
   (*block().body_)();
+  for (const auto& group : block().lane->groups) {
+    if (!group.empty()) fail("a thread ends with an asynchronous copy that it has not waited for");
+  }
+  if (!block().lane->open.empty()) fail("a thread ends with an asynchronous copy that it has not committed");
   block().pause(Wait::Done);
 }
 
@@ -214,7 +219,9 @@ inline float widened(uint16_t bits, bool bfloat) {
 inline void Block::complete(std::unique_ptr<Lane>* lanes) {
   const int kind = lanes[0]->offer.kind;
   for (int l = 1; l < 32; ++l) {
-    if (lanes[l]->offer.kind != kind) fail("the lanes of a warp are at different collectives");
+    if (lanes[l]->offer.kind != kind || lanes[l]->offer.line != lanes[0]->offer.line) {
+      fail("the lanes of a warp are at different collectives");
+    }
   }
   Offer offers[32];
   for (int l = 0; l < 32; ++l) offers[l] = lanes[l]->offer;
@@ -331,16 +338,16 @@ inline emulated::Offer& collective(const emulated::Offer& offer) {
 inline void sync_block() {
   emulated::block().pause(emulated::Wait::Block);
 }
-inline void sync_warp() {
+inline void sync_warp(int line = __builtin_LINE()) {
   emulated::Offer offer;
-  offer.kind = emulated::kSync;
+  offer.kind = emulated::kSync, offer.line = line;
   collective(offer);
 }
 template <class T>
-T shuffle(T value, int lane) {
+T shuffle(T value, int lane, int line = __builtin_LINE()) {
   static_assert(sizeof(T) <= 8);
   emulated::Offer offer;
-  offer.kind = emulated::kShuffle;
+  offer.kind = emulated::kShuffle, offer.line = line;
   std::memcpy(&offer.value[0], &value, sizeof(T));
   offer.value[1] = static_cast<uint64_t>(lane & 31);
   T result;
@@ -348,23 +355,26 @@ T shuffle(T value, int lane) {
   return result;
 }
 template <class T>
-T shuffle_xor(T value, int mask) {
-  return shuffle(value, static_cast<int>(threadIdx.x % 32) ^ mask);
+T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
+  return shuffle(value, static_cast<int>(threadIdx.x % 32) ^ mask, line);
 }
 template <class T>
-T shuffle_up(T value, int delta) {
+T shuffle_up(T value, int delta, int line = __builtin_LINE()) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  return shuffle(value, lane >= delta ? lane - delta : lane);
+  return shuffle(value, lane >= delta ? lane - delta : lane, line);
 }
-inline unsigned ballot(bool vote) {
+inline unsigned ballot(bool vote, int line = __builtin_LINE()) {
   emulated::Offer offer;
-  offer.kind = emulated::kBallot;
+  offer.kind = emulated::kBallot, offer.line = line;
   offer.value[0] = vote;
   return static_cast<unsigned>(collective(offer).value[0]);
 }
+// How many there were: a test reads off them which way a kernel took.
+inline uint64_t atomic_adds = 0;
 inline int atomic_add(int* target, int value) {
   emulated::races().access(target, sizeof *target, emulated::Access::Atomic);
   const Untracked untracked;
+  ++atomic_adds;
   const int before = *target;
   *target += value;
   return before;
@@ -427,9 +437,9 @@ inline void append_within(Address& end, uint32_t key, uint32_t low, uint32_t wid
   end += 4;
 }
 template <bool kTranspose>
-void load_matrices(uint32_t (&r)[4], Address row) {
+void load_matrices(uint32_t (&r)[4], Address row, int line = __builtin_LINE()) {
   emulated::Offer offer;
-  offer.kind = kTranspose ? emulated::kMatricesTransposed : emulated::kMatrices;
+  offer.kind = kTranspose ? emulated::kMatricesTransposed : emulated::kMatrices, offer.line = line;
   offer.address = row;
   emulated::races().access(row, 16, emulated::Access::Read);
   const emulated::Offer& result = collective(offer);
@@ -443,9 +453,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int kind) {
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int kind, int line) {
   emulated::Offer offer;
-  offer.kind = kind;
+  offer.kind = kind, offer.line = line;
   offer.value[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
   offer.value[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
   offer.value[2] = b0 | static_cast<uint64_t>(b1) << 32;
@@ -453,11 +463,13 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   const emulated::Offer& result = collective(offer);
   for (int i = 0; i < 4; ++i) c[i] = result.c[i];
 }
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
-  multiply(c, a, b0, b1, emulated::kMultiplyBFloat16);
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16,
+                     int line = __builtin_LINE()) {
+  multiply(c, a, b0, b1, emulated::kMultiplyBFloat16, line);
 }
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
-  multiply(c, a, b0, b1, emulated::kMultiplyFloat16);
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16,
+                     int line = __builtin_LINE()) {
+  multiply(c, a, b0, b1, emulated::kMultiplyFloat16, line);
 }
 
 template <class T>

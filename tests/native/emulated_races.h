@@ -7,7 +7,8 @@
 //   in one block    by sync_block
 //   in one launch   by nothing
 // and otherwise a race, unless both are atomic. Shuffles, votes and products order no memory, as in CUDA. A copy_async
-// owns its target from its start until it is waited for. Shared memory that a block reads it has written before.
+// owns its target from its start until it is waited for, which its thread does before it ends. Shared memory that a
+// block reads it has written before, and none lies beyond what the launch asked for.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +61,7 @@ struct Footprint {
   bool other_threads = false, other_warps = false, other_blocks = false;
 };
 struct Cell {
-  Footprint read, write;
+  Footprint read, write, atomic;
   bool copying = false;
 };
 
@@ -109,23 +110,26 @@ class Races {
 
  private:
   GTP_UNTRACKED void one(const unsigned char* byte, Access kind) {
+    if (byte >= shared_end_ && byte < shared_end_ + kGuard) fail(byte, kind, "which is beyond it", now_);
     Cell& cell = cell_of(byte);
     if (cell.copying) fail(byte, kind, "while an asynchronous copy to it is on its way", cell.write);
-    const bool atomic = kind == Access::Atomic;
-    if (is_shared(byte)) {  // what blocks before this one left there is gone
-      if (cell.read.block != now_.block) cell.read = {};
-      if (cell.write.block != now_.block) cell.write = {};
+    if (is_shared(byte)) {
+      for (Footprint* of : {&cell.read, &cell.write, &cell.atomic}) {
+        if (of->block != now_.block) *of = {};  // what blocks before this one left there is gone
+      }
       if (kind != Access::Write && cell.write.kind == Access::None) {
         fail(byte, kind, "which the block has not written", cell.write);
       }
     }
-    if (conflicts(cell.write) && !(atomic && cell.write.kind == Access::Atomic)) {
+    if (conflicts(cell.write))
       fail(byte, kind, "which another thread writes with nothing to order the two", cell.write);
-    }
     if (kind != Access::Read && conflicts(cell.read)) {
       fail(byte, kind, "which another thread reads with nothing to order the two", cell.read);
     }
-    leave(kind == Access::Read ? cell.read : cell.write, kind);
+    if (kind != Access::Atomic && conflicts(cell.atomic)) {
+      fail(byte, kind, "which another thread changes atomically with nothing to order the two", cell.atomic);
+    }
+    leave(kind == Access::Read ? cell.read : kind == Access::Write ? cell.write : cell.atomic, kind);
   }
 
   GTP_UNTRACKED bool is_shared(const unsigned char* byte) const {
@@ -133,7 +137,7 @@ class Races {
   }
   // Whether what was there before is of another thread, and nothing orders it before the one that runs.
   GTP_UNTRACKED bool conflicts(const Footprint& before) const {
-    if (before.kind == Access::None || before.block < first_) return false;
+    if (before.kind == Access::None) return false;
     if (before.block != now_.block || before.other_blocks) return true;
     if (before.barrier != now_.barrier) return false;
     if (before.thread / 32 != now_.thread / 32 || before.other_warps) return true;
@@ -143,7 +147,7 @@ class Races {
   GTP_UNTRACKED void leave(Footprint& there, Access kind) const {
     Footprint next = now_;
     next.kind = kind;
-    if (there.kind != Access::None && there.block >= first_) {
+    if (there.kind != Access::None) {
       const bool same_block = there.block == now_.block, same = same_block && there.barrier == now_.barrier;
       const bool same_warp = there.thread / 32 == now_.thread / 32;
       next.other_blocks = there.other_blocks || !same_block;
@@ -189,7 +193,8 @@ class Races {
   Footprint now_;
   const unsigned char *shared_ = nullptr, *shared_end_ = nullptr, *stack_ = nullptr, *stack_end_ = nullptr;
   static constexpr size_t kPage = 4096;
-  uint32_t first_ = 1;  // block of this launch
+  static constexpr uint64_t kGuard = 4096;  // what the emulated GPU keeps free behind shared memory
+  uint32_t first_ = 1;                      // block of this launch, for messages
   uintptr_t last_page_ = 0;
   Cell* last_ = nullptr;
   std::unordered_map<uintptr_t, std::vector<Cell> > pages_;
@@ -235,6 +240,24 @@ GTP_UNTRACKED void __tsan_func_entry(void*) {}
 GTP_UNTRACKED void __tsan_func_exit() {}
 GTP_UNTRACKED void __tsan_vptr_update(void**, void*) {}
 GTP_UNTRACKED void __tsan_vptr_read(void**) {}
+// Copies and fills that stay calls: -Wl,--wrap gives them to these.
+void* __real_memcpy(void* to, const void* from, size_t bytes);
+void* __real_memmove(void* to, const void* from, size_t bytes);
+void* __real_memset(void* to, int value, size_t bytes);
+GTP_UNTRACKED void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  gtp::emulated::races().access(from, bytes, gtp::emulated::Access::Read);
+  gtp::emulated::races().access(to, bytes, gtp::emulated::Access::Write);
+  return __real_memcpy(to, from, bytes);
+}
+GTP_UNTRACKED void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+  gtp::emulated::races().access(from, bytes, gtp::emulated::Access::Read);
+  gtp::emulated::races().access(to, bytes, gtp::emulated::Access::Write);
+  return __real_memmove(to, from, bytes);
+}
+GTP_UNTRACKED void* __wrap_memset(void* to, int value, size_t bytes) {
+  gtp::emulated::races().access(to, bytes, gtp::emulated::Access::Write);
+  return __real_memset(to, value, bytes);
+}
 // The host's own: guards of static variables.
 GTP_UNTRACKED unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) {
   return __atomic_load_n(at, __ATOMIC_ACQUIRE);
