@@ -43,7 +43,6 @@ MUTATIONS = [
     ("attention", "attention_edge.cuh", "lane % kQueries * kStride + lane / 16 * 8", "lane % kQueries * kStride"),
     ("attention", "attention_edge.cuh", "i / (2 * kHeld) * 2 + i % 2", "i % 2"),
     ("attention", "attention_edge.cuh", "largest[group] == -kInfinity ? 0.0f : largest[group]", "largest[group]"),
-    ("attention", "attention_edge.cuh", "held && is_query[group] && key < tokens", "held && is_query[group]"),
     ("attention", "attention_run.cuh", "    ranked.ranks.high += zeros;\n", ""),
     ("attention", "attention_run.cuh", "rank + Form::kCount", "rank + 1 + Form::kCount"),
     ("attention", "attention_sweep.cuh", "sum[half] *= ", "sum[half] += 0 * "),
