@@ -305,10 +305,10 @@ struct Ops {
     Optional scales;
     AttentionParams p = attention_of(q, k, v, token_scales, sparsity, scale, semantics, scales);
     const ScalarType score_type = p.dtype == DType::Float64 ? ScalarType::Double : ScalarType::Float;
-    // As [B, N, H, d] in memory.
-    const int64_t row = p.heads * p.head_size;
+    // [B, N, H, d] in memory, with the strides that this has where a size is 0 too.
+    const int64_t row = std::max<int64_t>(p.heads, 1) * p.head_size;
     Tensor out = empty_strided(q, {p.batch, p.heads, p.tokens, p.head_size},
-                               {p.tokens * row, p.head_size, row, int64_t{1}}, q.scalar_type());
+                               {std::max<int64_t>(p.tokens, 1) * row, p.head_size, row, 1}, q.scalar_type());
     Tensor diag = empty(q, {p.batch, p.heads, p.tokens}, score_type);
     Tensor colsum = empty(q, {p.batch, p.heads, p.tokens}, score_type);
     Tensor cls_row = empty(q, {p.batch, p.heads, p.tokens}, score_type);
