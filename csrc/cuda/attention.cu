@@ -64,8 +64,7 @@ bool sum_column_blocks(const MapParams& p, void* stream, Error& error) {
 size_t attention_workspace(const AttentionParams& a) {
   Machine m;
   Error error;
-  // Both types are of one size.
-  const auto fits = [&](auto classes) { return fits_registers<BFloat16>(classes, a.tokens, m); };
+  const auto fits = [&](auto classes) { return fits_registers(classes, a.tokens, m); };
   if (!machine(m, error) || for_head_size(a.head_size, fits)) return 0;
   Workspace w;
   size_t counters;

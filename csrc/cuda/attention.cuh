@@ -27,9 +27,9 @@ struct Number {
 };
 
 // N up to 8 kTiles, and for an edge more than 192. A warp has 16 queries, and the warps share those of the edge.
-template <class T, int kSize, int kNumTiles>
+template <int kSize, int kNumTiles>
 struct RegisterForm {
-  using EdgeForm = Edge<T, kSize, kNumTiles>;
+  using EdgeForm = Edge<kSize, kNumTiles>;
   static constexpr bool kHasEdge = EdgeForm::kGroups > 0;
   static constexpr int kTiles = kNumTiles, kSteps = (kTiles + 1) / 2;
   static constexpr int kWarps = kHasEdge ? EdgeForm::kWarps : kSteps;
@@ -153,9 +153,9 @@ GTP_DEVICE float threshold_in_registers(const RegisterMap<Form>& s, int wanted, 
 
 // One block per multiprocessor or a few; each takes heads blockIdx.x, blockIdx.x + gridDim.x, ...
 template <class T, int kSize, int kTiles, int kBefore>
-GTP_GLOBAL(RegisterForm<T, kSize, kTiles>::kThreads, RegisterForm<T, kSize, kTiles>::kBlocks)
+GTP_GLOBAL(RegisterForm<kSize, kTiles>::kThreads, RegisterForm<kSize, kTiles>::kBlocks)
 attention_in_registers(GTP_CONSTANT MapParams p) {
-  using Form = RegisterForm<T, kSize, kTiles>;
+  using Form = RegisterForm<kSize, kTiles>;
   using Tiles = Tile<kSize>;
   constexpr int kSteps = Form::kSteps, kWarps = Form::kWarps;
   static_assert(!Form::kHasEdge || 8 * kBefore >= 16 * kWarps, "beside an edge the rows of all warps are queries");
@@ -213,7 +213,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     wait_copies<1>();
     sync_block();
     if constexpr (Form::kHasEdge) {
-      s.edge.multiply_keys(q, k, p.scale_log2, log_scales, edge_logits, edge_stats);
+      s.edge.template take_logits<T>(q, k, p.scale_log2, log_scales, edge_logits, edge_stats);
     }
     GTP_UNROLL
     for (int i = 0; i < 4 * kTiles; ++i) s.rows[i / 4][i % 4] = 0;
@@ -227,6 +227,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
       value = fmaf(value, p.scale_log2, log_scales[key]);
       largest[query] = fmaxf(largest[query], value);
     });
+    // In one exchange: apart, ptxas starts the exponentials of the first before the second is known, and spills.
     combine_pair(largest, [](float a, float b) { return fmaxf(a, b); });
     each([&](float& value, int query, int, int) {
       value = exp2_fast(value - largest[query]);
@@ -278,7 +279,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     }
     if constexpr (Form::kHasEdge) {
       s.edge.store_sums(sums + kWarps * Form::kTokens);
-      s.edge.store_map(edge_map);
+      s.edge.template store_map<T>(edge_map);
     }
     // On the diagonal, lane (g, t) has a value where t is g / 2: of the pair g % 2 of query g against keys 0 to 7, and
     // of query g + 8 against keys 8 to 15.
@@ -337,7 +338,7 @@ attention_in_registers(GTP_CONSTANT MapParams p) {
     multiply_part(Number<kPart>(), Number<smaller(kPart, kPairs - kPart)>());
     multiply_part(Number<2 * kPart>(), Number<smaller(kPart, kPairs - 2 * kPart)>());
     multiply_part(Number<3 * kPart>(), Number<smaller(kPart, kPairs - 3 * kPart)>());
-    if constexpr (Form::kHasEdge) s.edge.multiply_and_store(p, head, edge_map, v);
+    if constexpr (Form::kHasEdge) s.edge.template multiply_and_store<T>(p, head, edge_map, v);
     const int64_t scores = static_cast<int64_t>(head) * tokens;
     GTP_NO_UNROLL
     for (int key = static_cast<int>(threadIdx.x); key < tokens; key += Form::kThreads) {

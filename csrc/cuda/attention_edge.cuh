@@ -11,7 +11,7 @@
 namespace gtp {
 namespace cuda {
 
-template <class T, int kSize, int kTiles>
+template <int kSize, int kTiles>
 struct Edge {
   static constexpr int kWarps = 12, kWarpTiles = 2 * kWarps;
   static constexpr int kGroups = kTiles > kWarpTiles ? kTiles - kWarpTiles : 0;  // of 8 queries; 0: there is no edge
@@ -61,29 +61,18 @@ struct Edge {
 
   // s = q k^T as logits to the base 2. They wait in `logits`, while the warp's own rows want the registers; `stats`
   // gets maximum and sum of the part of each row that the warp has, for all of them.
-  GTP_DEVICE void multiply_keys(const unsigned char* q, const unsigned char* k, float scale_log2,
-                                const float* log_scales, float* logits, float* stats) {
+  template <class T>
+  GTP_DEVICE void take_logits(const unsigned char* q, const unsigned char* k, float scale_log2, const float* log_scales,
+                              float* logits, float* stats) {
     const int lane = forget(lane_id()), warp = forget(warp_id());
-    const Address queries = shared_address(q) + (kFirst + lane % 16) * Tiles::kRowBytes;
-    float all[kHeld + 1][4] = {};
-    const auto multiply_pair = [&](int tile, int key) {
-      const Address keys = shared_address(k) + (key + lane % 8 + lane / 16 * 8) * Tiles::kRowBytes;
-      GTP_UNROLL
-      for (int step = 0; step < kSize / 16; ++step) {
-        uint32_t a[4], b[4];
-        load_matrices<false>(a, queries + Tiles::place(lane % 8, 2 * step + lane / 16));
-        load_matrices<false>(b, keys + Tiles::place(lane % 8, 2 * step + lane / 8 % 2));
-        multiply(all[tile], a, b[0], b[1], T());
-        multiply(all[tile + 1], a, b[2], b[3], T());
-      }
-    };
-    multiply_pair(0, 16 * warp);
-    if (warp < kGroups) multiply_pair(2, kFirst);
+    float own[2][4] = {}, last[2][4] = {};
+    multiply_keys<T, kSize>(own, q, kFirst, k + 16 * warp * Tiles::kRowBytes);
+    if (warp < kGroups) multiply_keys<T, kSize>(last, q, kFirst, k + kFirst * Tiles::kRowBytes);
     GTP_UNROLL
     for (int i = 0; i < 2 * kGroups; ++i) {
-      s[0][i] = all[0][i];
-      s[1][i] = all[1][i];
-      s[2][i] = kGroups > 1 && warp > 0 ? all[3][i] : all[2][i];
+      s[0][i] = own[0][i];
+      s[1][i] = own[1][i];
+      s[2][i] = kGroups > 1 && warp > 0 ? last[1][i] : last[0][i];
     }
     float largest[2] = {-kInfinity, -kInfinity}, sum[2] = {};
     each([&](float& value, int group, int key, bool held) {
@@ -133,8 +122,9 @@ struct Edge {
   GTP_DEVICE void store_sums(float* sums) const {
     float u[8] = {};
     GTP_UNROLL
-    for (int i = 0; i < 2 * kHeld * kGroups; ++i)
+    for (int i = 0; i < 2 * kHeld * kGroups; ++i) {
       u[i % (2 * kHeld)] += s[i % (2 * kHeld) / 2][i / (2 * kHeld) * 2 + i % 2];
+    }
     const float column = sum_columns(u);
     const int at = column_of_lane(), tile = at / 8, warp = forget(warp_id());
     if (tile < kHeld && holds(tile, warp)) sums[(tile < 2 ? 16 * warp + at : kFirst + 8 * warp + at % 8)] = column;
@@ -150,6 +140,7 @@ struct Edge {
   }
 
   // The rows in the type of v; zeros beyond the keys, up to a whole pair of tiles.
+  template <class T>
   GTP_DEVICE void store_map(unsigned char* map) const {
     const int lane = forget(lane_id()), warp = forget(warp_id());
     GTP_UNROLL
@@ -164,6 +155,7 @@ struct Edge {
   }
 
   // Their rows of out, 16 dimensions a warp, by the first warps: the map times v.
+  template <class T>
   GTP_DEVICE void multiply_and_store(const MapParams& p, unsigned head, const unsigned char* map,
                                      const unsigned char* v) const {
     const int lane = forget(lane_id()), warp = forget(warp_id());

@@ -31,16 +31,21 @@ auto for_head_size(int64_t size, const F& f) {
   return f(Classes<128, 8, 16, 24, 25>());
 }
 
-template <class T, int kSize, int... kTiles>
+// What a block may have of shared memory: on sm_86, 89 and 120, on sm_80, on sm_90 and 100.
+static_assert(RegisterForm<32, 26>::kBytes <= 99 * 1024 && RegisterForm<64, 26>::kBytes <= 99 * 1024);
+static_assert(RegisterForm<80, 26>::kBytes <= 163 * 1024 && RegisterForm<96, 26>::kBytes <= 163 * 1024);
+static_assert(RegisterForm<128, 25>::kBytes <= 227 * 1024);
+
+template <int kSize, int... kTiles>
 bool fits_registers(Classes<kSize, kTiles...>, int64_t tokens, const Machine& m) {
   size_t bytes = 0;
-  const bool found = ((tokens <= 8 * kTiles && (bytes = RegisterForm<T, kSize, kTiles>::kBytes, true)) || ...);
+  const bool found = ((tokens <= 8 * kTiles && (bytes = RegisterForm<kSize, kTiles>::kBytes, true)) || ...);
   return found && bytes <= static_cast<size_t>(m.shared_bytes);
 }
 
 template <class T, int kSize, int kBefore, int kTiles, int... kMore>
 bool in_registers(const MapParams& p, const Machine& m, void* stream, Error& error) {
-  using Form = RegisterForm<T, kSize, kTiles>;
+  using Form = RegisterForm<kSize, kTiles>;
   if constexpr (sizeof...(kMore) > 0) {
     if (p.a.tokens > 8 * kTiles) return in_registers<T, kSize, kTiles, kMore...>(p, m, stream, error);
   }
@@ -98,7 +103,7 @@ template <class T, int kSize, int... kTiles>
 bool run(Classes<kSize, kTiles...> classes, const MapParams& p, void* stream, Error& error) {
   Machine m;
   if (!machine(m, error)) return false;
-  if (fits_registers<T>(classes, p.a.tokens, m)) return in_registers<T, kSize, 0, kTiles...>(p, m, stream, error);
+  if (fits_registers(classes, p.a.tokens, m)) return in_registers<T, kSize, 0, kTiles...>(p, m, stream, error);
   return by_sweeps<T, kSize>(p, stream, error);
 }
 
