@@ -494,7 +494,7 @@ def test_gradients_of_a_model(backend, key):
 
 @KERNELS
 def test_compiles_without_a_break(backend):
-    torch._dynamo.reset()  # what other tests left makes it compile parts of the model on their own
+    torch._dynamo.reset()
     model = gtp_vit.patch(build(dtype=of_models()), **LIVE)
     x = images(model)
     with torch.no_grad():

@@ -179,7 +179,7 @@ def test_gradients_reach_the_images():
 
 
 def test_compiles_without_a_break():
-    torch._dynamo.reset()  # what other tests left makes it compile parts of the model on their own
+    torch._dynamo.reset()
     model = gtp_vit.patch(build(), **OPTIONS, restore=True)
     x = images(model)
     with torch.no_grad():
