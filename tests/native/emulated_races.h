@@ -1,8 +1,8 @@
 // A race detector for the emulated GPU: what compute-sanitizer's racecheck and synccheck look for, without a GPU.
 //
 // A library that is compiled with -fsanitize=thread and GTP_EMULATED_RACES, and linked without GCC's own run-time
-// library, calls the __tsan_* functions below at every access to memory. Of every byte the last read and write are
-// kept. Two accesses by different threads, one of which writes, are ordered
+// library, calls the __tsan_* functions below at every access to memory. Of every byte the last read, write and
+// atomic change are kept. Two accesses by different threads, one of which writes, are ordered
 //   in one warp     by sync_warp or sync_block between them
 //   in one block    by sync_block
 //   in one launch   by nothing
@@ -110,7 +110,9 @@ class Races {
 
  private:
   GTP_UNTRACKED void one(const unsigned char* byte, Access kind) {
-    if (byte >= shared_end_ && byte < shared_end_ + kGuard) fail(byte, kind, "which is beyond it", now_);
+    if (byte >= shared_end_ && byte < shared_end_ + kGuard) {
+      fail(byte, kind, "which is beyond the shared memory of its block", now_);
+    }
     Cell& cell = cell_of(byte);
     if (cell.copying) fail(byte, kind, "while an asynchronous copy to it is on its way", cell.write);
     if (is_shared(byte)) {
@@ -121,8 +123,9 @@ class Races {
         fail(byte, kind, "which the block has not written", cell.write);
       }
     }
-    if (conflicts(cell.write))
+    if (conflicts(cell.write)) {
       fail(byte, kind, "which another thread writes with nothing to order the two", cell.write);
+    }
     if (kind != Access::Read && conflicts(cell.read)) {
       fail(byte, kind, "which another thread reads with nothing to order the two", cell.read);
     }
