@@ -252,10 +252,11 @@ struct SoftmaxMap {
 
   // The exact threshold of the map, after compute() of every row in order.
   T threshold() {
+    const int64_t step = sample_step(tokens);
     for_blocks<kBlock>(0, tokens, [&](int64_t i0, int64_t count, int64_t fresh) {
       const T* e = compute(i0, count);
       if (!is_sampled<T>(tokens)) return;
-      for (int64_t i = fresh; i < count; ++i) sample_row(e + i * ld, share[i0 + i], i0 + i, tokens, first);
+      for (int64_t i = fresh; i < count; ++i) sample_row(e + i * ld, share[i0 + i], i0 + i, step, tokens, first);
     });
     const auto sweep = [&](const auto& body) {
       bool more = true;

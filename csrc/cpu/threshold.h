@@ -270,8 +270,9 @@ static void kth_two(T* values, int64_t count, int64_t first, int64_t last, T* ot
   if (last <= skipped + count) high = kth(copy, count, last - skipped, other);
 }
 
-// The sample of a map: one vector of each row, at a place that depends on the row. Maps of up to kUnsampled values and
-// rows shorter than a vector are collected whole.
+// The sample of a map: W values of each row that follow each other, row i from column i * sample_step on, modulo the
+// tokens: each column as often as any other, as they differ more than rows do, and in rows far apart. Maps of up to
+// kUnsampled values and rows shorter than a vector are collected whole.
 constexpr int64_t kUnsampled = 4096;
 
 template <class T>
@@ -279,11 +280,49 @@ GTP_INLINE bool is_sampled(int64_t tokens) {
   return tokens * tokens > kUnsampled && tokens >= Vec<T>::W;
 }
 
+// The squared distance of two nearest places of a sample with such a step, rows and columns taken modulo the tokens:
+// the shortest vector of the lattice of (1, step) and (0, tokens), by Gauss's reduction. -1 where step and tokens have
+// a common factor.
+static double sample_distance(int64_t tokens, int64_t step) {
+  double a[2] = {1, static_cast<double>(step)}, b[2] = {0, static_cast<double>(tokens)};
+  double shorter = a[0] * a[0] + a[1] * a[1], longer = b[0] * b[0] + b[1] * b[1];
+  while (shorter < longer) {
+    const double times = __builtin_rint((a[0] * b[0] + a[1] * b[1]) / shorter);
+    const double rest[2] = {b[0] - times * a[0], b[1] - times * a[1]};
+    b[0] = a[0], b[1] = a[1], a[0] = rest[0], a[1] = rest[1];
+    longer = shorter, shorter = a[0] * a[0] + a[1] * a[1];
+  }
+  for (int64_t x = tokens, y = step; y;) {
+    const int64_t rest = x % y;
+    x = y, y = rest;
+    if (y == 0 && x > 1) return -1;
+  }
+  return longer;
+}
+
+// Next to the golden section of the tokens the step whose places are farthest apart.
+static int64_t sample_step(int64_t tokens) {
+  const int64_t section = static_cast<int64_t>(static_cast<double>(tokens) * 0.6180339887498949);
+  int64_t step = 1;
+  double farthest = 0;
+  for (int64_t candidate = section - 4; candidate <= section + 4; ++candidate) {
+    const double distance = sample_distance(tokens, candidate);
+    if (distance > farthest) farthest = distance, step = candidate;
+  }
+  return step;
+}
+
 template <class T>
-GTP_INLINE void sample_row(const T* row, T share, int64_t i, int64_t tokens, T* target) {
+GTP_INLINE void sample_row(const T* row, T share, int64_t i, int64_t step, int64_t tokens, T* target) {
   constexpr int W = Vec<T>::W;
-  const uint64_t hash = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u >> 40;
-  const auto v = load(row + static_cast<int64_t>(hash % static_cast<uint64_t>(tokens / W)) * W) * splat(share);
+  const int64_t place = i * step % tokens;
+  typename Vec<T>::V v;
+  if (place + W <= tokens) {
+    v = load(row + place);
+  } else {
+    for (int lane = 0; lane < W; ++lane) v[lane] = row[place + lane < tokens ? place + lane : place + lane - tokens];
+  }
+  v *= splat(share);
   store(target + i * W, v == v ? v : splat(Vec<T>::inf));
 }
 
@@ -302,25 +341,6 @@ static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool fo
   constexpr int W = Vec<T>::W;
   const int64_t padded = (tokens + W - 1) / W * W;
   const int64_t room = threshold_room<T>(tokens) - 2 * W;
-  if (force_miss) return radix_kth<T>(sweep, tokens, rank);
-  T low = T(-1), high = Vec<T>::inf;
-  if (is_sampled<T>(tokens)) {
-    const int64_t sampled = tokens * W;
-    const double share = static_cast<double>(rank) / static_cast<double>(tokens * tokens);
-    const double middle = share * static_cast<double>(sampled);
-    const double deviation = 2.0 + 4.0 * __builtin_sqrt(middle * (1.0 - share) + 0.25);
-    kth_two(first, sampled, static_cast<int64_t>(middle - deviation), static_cast<int64_t>(middle + deviation) + 1,
-            second, low, high);
-    if (low > high) low = high;
-  }
-  Counts counts;
-  bool fits = true;
-  sweep([&](const T* row, T share) {
-    fits = counts.between + padded <= room;
-    if (fits) collect(row, padded, share, low, high, first, counts);
-    return fits;
-  });
-  if (!fits) return radix_kth<T>(sweep, tokens, rank);
   const auto count_in_map = [&](T value) {
     int64_t equal = 0;
     sweep([&](const T* row, T share) {
@@ -329,10 +349,39 @@ static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool fo
     });
     return equal;
   };
-  const int64_t up_to = counts.up_to, between = counts.between;
-  if (rank > up_to && rank <= up_to + between) return kth(first, between, rank - up_to, second);
-  if (rank <= up_to && rank > up_to - count_in_map(low)) return low;
-  if (rank > up_to + between && high > low && rank <= up_to + between + count_in_map(high)) return high;
+  // A bracket of twice the width where the first one misses: a map may differ more within itself than chance has it.
+  for (double deviations = 4; deviations <= 8 && !force_miss; deviations *= 2) {
+    T low = T(-1), high = Vec<T>::inf;
+    if (is_sampled<T>(tokens)) {
+      if (deviations > 4) {
+        int64_t i = 0;
+        const int64_t step = sample_step(tokens);
+        sweep([&](const T* row, T share) {
+          sample_row(row, share, i++, step, tokens, first);
+          return true;
+        });
+      }
+      const int64_t sampled = tokens * W;
+      const double share = static_cast<double>(rank) / static_cast<double>(tokens * tokens);
+      const double middle = share * static_cast<double>(sampled);
+      const double margin = 2.0 + deviations * __builtin_sqrt(middle * (1.0 - share) + 0.25);
+      kth_two(first, sampled, static_cast<int64_t>(middle - margin), static_cast<int64_t>(middle + margin) + 1, second,
+              low, high);
+      if (low > high) low = high;
+    }
+    Counts counts;
+    bool fits = true;
+    sweep([&](const T* row, T share) {
+      fits = counts.between + padded <= room;
+      if (fits) collect(row, padded, share, low, high, first, counts);
+      return fits;
+    });
+    if (!fits) break;
+    const int64_t up_to = counts.up_to, between = counts.between;
+    if (rank > up_to && rank <= up_to + between) return kth(first, between, rank - up_to, second);
+    if (rank <= up_to && rank > up_to - count_in_map(low)) return low;
+    if (rank > up_to + between && high > low && rank <= up_to + between + count_in_map(high)) return high;
+  }
   return radix_kth<T>(sweep, tokens, rank);
 }
 
