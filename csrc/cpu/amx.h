@@ -1,7 +1,7 @@
 // The product of bfloat16 pairs on AMX tiles: 16 rows of A and 16 columns of B at a time.
 //
 // The packed layout is that of gemm.h: 16 pairs of depth by 16 columns of a panel are a tile as they lie in memory.
-// Tiles 0 to 2 hold C, 4 and 5 hold A and B, 6 and 7 the last rows of depth, which have a shape of their own.
+// Tiles 0 to 3 hold C, 4 and 5 hold A and B, 6 and 7 the last rows of depth, which have a shape of their own.
 // GTP_EMULATE_AMX replaces the instructions by loops, so that the tests run where there is no AMX.
 #pragma once
 
@@ -26,17 +26,25 @@ struct TileConfig {
   }
 };
 
+// Of the configuration that this thread's tiles have; 0 rows: they have none. One for all sources, as the linker takes
+// the template of one for the others.
+struct TileShape {
+  int64_t rows = 0, tail = 0;
+};
+inline thread_local TileShape tile_shape;
+
 #if defined(GTP_EMULATE_AMX)
 struct Tile {
   alignas(64) uint32_t row[16][16];
 };
-static thread_local Tile tiles[8];
-static thread_local TileConfig tile_config(16, 0);
+inline thread_local Tile tiles[8];
+inline thread_local TileConfig tile_config(16, 0);
 
-GTP_INLINE void tile_configure(const TileConfig& config) {
+GTP_INLINE void tile_load_config(const TileConfig& config) {
   tile_config = config;
+  for (Tile& tile : tiles) __builtin_memset(&tile, 0, sizeof tile);
 }
-GTP_INLINE void tile_release() {
+GTP_INLINE void tile_release_all() {
   for (Tile& tile : tiles) __builtin_memset(&tile, 0xff, sizeof tile);
 }
 static void tile_load(int tile, const void* source, int64_t stride) {
@@ -69,13 +77,15 @@ static void tile_multiply(int c, int a, int b) {
 }
 #else
 // The compilers' macros take the number of a tile as it is written.
-GTP_INLINE void tile_configure(const TileConfig& config) {
+GTP_INLINE void tile_load_config(const TileConfig& config) {
+  // GCC's own says that 8 bytes are read, so that what is written to the others may come later, or never.
+  __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
-GTP_INLINE void tile_release() {
+GTP_INLINE void tile_release_all() {
   _tile_release();
 }
-#define GTP_EACH_TILE(X) X(0) X(1) X(2) X(4) X(5) X(6) X(7)
+#define GTP_EACH_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 GTP_INLINE void tile_load(int tile, const void* source, int64_t stride) {
 #define GTP_TILE(t) \
   if (tile == t) _tile_loadd(t, source, stride);
@@ -100,26 +110,42 @@ GTP_INLINE void tile_multiply(int c, int a, int) {
     if (c == 0) _tile_dpbf16ps(0, 4, 5);
     if (c == 1) _tile_dpbf16ps(1, 4, 5);
     if (c == 2) _tile_dpbf16ps(2, 4, 5);
+    if (c == 3) _tile_dpbf16ps(3, 4, 5);
   } else {
     if (c == 0) _tile_dpbf16ps(0, 6, 7);
     if (c == 1) _tile_dpbf16ps(1, 6, 7);
     if (c == 2) _tile_dpbf16ps(2, 6, 7);
+    if (c == 3) _tile_dpbf16ps(3, 6, 7);
   }
 }
 #endif
+
+// For products of so many rows, whose depth leaves `tail` of 16. Loading a configuration waits for all that is under
+// way, so the tiles keep theirs: a product without a tail takes that of any other.
+GTP_INLINE void tile_configure(int64_t rows, int64_t tail) {
+  if (tile_shape.rows == rows && (tail == 0 || tile_shape.tail == tail)) return;
+  tile_shape = {rows, tail};
+  tile_load_config(TileConfig(rows, tail));
+}
+// When the last product is done: others on this thread have configurations of their own.
+GTP_INLINE void tile_release() {
+  tile_shape = {};
+  tile_release_all();
+}
 
 // Up to 16 rows of C by VECTORS vectors, handed to finish() like every tile of gemm.h.
 template <int VECTORS, class E, class Finish>
 GTP_INLINE void multiply_amx(int64_t rows, int64_t depth, const E* a, int64_t lda, const E* panel, int64_t column,
                              const Finish& finish) {
-  static_assert(VECTORS <= 3, "tiles 0 to 2 hold C");
+  static_assert(VECTORS <= 4, "tiles 0 to 3 hold C");
   const int64_t stride = VECTORS * 64, tail = depth % 16;
-#pragma GCC unroll 3
+  __asm__ volatile("" ::: "memory");  // GCC does not know that tiles are loaded from memory
+#pragma GCC unroll 4
   for (int j = 0; j < VECTORS; ++j) tile_zero(j);
   int64_t k = 0;
   for (; k + 16 <= depth; k += 16) {
     tile_load(4, a + k, lda * 4);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
       tile_load(5, panel + k * (VECTORS * 16) + j * 16, stride);
       tile_multiply(j, 4, 5);
@@ -127,18 +153,18 @@ GTP_INLINE void multiply_amx(int64_t rows, int64_t depth, const E* a, int64_t ld
   }
   if (tail > 0) {
     tile_load(6, a + k, lda * 4);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
       tile_load(7, panel + k * (VECTORS * 16) + j * 16, stride);
       tile_multiply(j, 6, 7);
     }
   }
   alignas(64) float sums[16][VECTORS * 16];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
   for (int j = 0; j < VECTORS; ++j) tile_store(j, &sums[0][j * 16], sizeof sums[0]);
   for (int64_t i = 0; i < rows; ++i) {
     vfloat values[VECTORS];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) values[j] = load(&sums[i][j * 16]);
     finish(i, column, values);
   }

@@ -33,7 +33,7 @@ struct Forward {
         tokens(p.tokens),
         size(p.head_size),
         depth(elements<E>(p.tokens)),
-        value_panels((p.head_size + W - 1) / W),
+        value_panels((p.head_size + W - 1) / W, Operand<E>::kWidest),
         value_width(value_panels.vectors * W),
         block_ld(elements<E>(map.ld)) {}
 

@@ -25,7 +25,8 @@ struct Backward {
   const AttentionBackwardParams& p;
   SoftmaxMap<T, E> map;
   const int64_t tokens, size;
-  const Panels panels;                // of the head size
+  const Panels panels;  // of the head size
+  const Panels token_panels;
   const int64_t width;                // the head size, rounded up to whole vectors
   const int64_t padded, columns, ld;  // tokens, rounded up to kRows, and to whole vectors too; the row stride of a part
   const int64_t blocks, parts, most;  // whole blocks of a head; its parts; the rows of the largest one
@@ -43,6 +44,7 @@ struct Backward {
         tokens(map.tokens),
         size(params.attention.head_size),
         panels((size + W - 1) / W),
+        token_panels((tokens + W - 1) / W),
         width(panels.vectors * W),
         padded((tokens + kRows - 1) / kRows * kRows),
         columns(padded > map.width ? padded : map.width),
@@ -134,7 +136,7 @@ struct Backward {
       left_ld = width;
       for (int64_t i = 1; i < count; ++i) grad_out.row(i0 + i, rows + i * width);
     }
-    multiply(count, size, left, left_ld, values, map.panels, step, ld);
+    multiply(count, size, left, left_ld, values, token_panels, step, ld);
     for (int64_t i = 0; i < count; ++i) {
       if (map.masked) {
         differentiate<true>(e + i * map.ld, map.share[i0 + i], threshold, weight + i * ld, step + i * ld);
@@ -157,7 +159,7 @@ struct Backward {
     const Head v = head_of(a.v, a.stride_v, b, h), grad_out = head_of(p.grad_out, p.stride_grad_out, b, h);
     map.enter(b, h);
     pack_transposed_all<T>(
-        size, tokens, map.panels, [&](int64_t j, int slot) { return v.row(j, rows + slot * width); }, values);
+        size, tokens, token_panels, [&](int64_t j, int slot) { return v.row(j, rows + slot * width); }, values);
     pack_part(k, 0, tokens, keys);
     for (int64_t i = 0; i < padded * width; ++i) grad_k[i] = grad_v[i] = 0;
     const T threshold = map.masked ? map.threshold() : T(0);

@@ -147,7 +147,7 @@ struct SoftmaxMap {
       : p(params),
         tokens(p.tokens),
         depth(elements<E>(p.head_size)),
-        panels((p.tokens + W - 1) / W),
+        panels((p.tokens + W - 1) / W, Operand<E>::kWidest),
         width(panels.vectors * W),
         // A row stride of whole pages would put a block of rows into one cache set.
         ld(width % (4096 / sizeof(T)) == 0 ? width + W : width),
@@ -273,11 +273,15 @@ struct SoftmaxMap {
   template <class Finish>
   void logits(int64_t i0, int64_t count, const Finish& finish) {
     const int64_t q0 = image * p.stride_q[0] + head * p.stride_q[1] + i0 * p.stride_q[2];
-    const E* a = operand_row(p.q, p.dtype, q0, p.stride_q[3], p.head_size, operands);
-    int64_t lda = p.stride_q[2];
-    if (a == operands) {
-      lda = depth;
-      for (int64_t i = 1; i < count; ++i) {
+    const E* a;
+    int64_t lda = depth;
+    if (Operand<E>::kAnywhere && p.stride_q[3] == 1 && p.head_size % 2 == 0 && p.stride_q[2] % 2 == 0) {
+      a = reinterpret_cast<const E*>(static_cast<const uint16_t*>(p.q) + q0);
+      lda = p.stride_q[2] / 2;
+    } else {
+      a = operand_row(p.q, p.dtype, q0, p.stride_q[3], p.head_size, operands);
+      if (a != operands) lda = p.stride_q[2];
+      for (int64_t i = 1; i < count && a == operands; ++i) {
         operand_row(p.q, p.dtype, q0 + i * p.stride_q[2], p.stride_q[3], p.head_size, operands + i * depth);
       }
     }

@@ -27,10 +27,11 @@ constexpr int kRows = 4, kPanel = 2;
 constexpr int kRows = 8, kPanel = 3;
 #endif
 
-// How `vectors` columns of vectors are cut into panels as equal as can be.
+// How `vectors` columns of vectors are cut into panels of up to `widest`, as equal as can be.
 struct Panels {
   int64_t vectors, count;
-  explicit Panels(int64_t vectors_) : vectors(vectors_), count((vectors_ + kPanel - 1) / kPanel) {}
+  explicit Panels(int64_t vectors_, int64_t widest = kPanel)
+      : vectors(vectors_), count((vectors_ + widest - 1) / widest) {}
   int64_t width(int64_t p) const {
     return vectors / count + (p < vectors % count);
   }
@@ -44,7 +45,9 @@ struct Panels {
 template <class E>
 struct Operand {
   using Result = E;
-  static constexpr int kBlock = kRows;  // rows of the left-hand side that are multiplied at a time
+  static constexpr int kBlock = kRows;      // rows of the left-hand side that are multiplied at a time
+  static constexpr int kWidest = kPanel;    // vectors of a panel of the right-hand side
+  static constexpr bool kAnywhere = false;  // whether pairs of the left-hand side may lie at any address
   using V = typename Vec<E>::V;
   static GTP_INLINE_MEMBER V broadcast(E x) {
     return splat(x);
@@ -70,9 +73,11 @@ template <>
 struct Operand<Pair> {
   using Result = float;
 #if defined(GTP_AMX)
-  static constexpr int kBlock = 16;
+  static constexpr int kBlock = 16, kWidest = 4;
+  static constexpr bool kAnywhere = true;
 #else
-  static constexpr int kBlock = kRows;
+  static constexpr int kBlock = kRows, kWidest = kPanel;
+  static constexpr bool kAnywhere = false;
 #endif
   using V = vint;
   static GTP_INLINE_MEMBER V broadcast(Pair x) {
@@ -143,7 +148,7 @@ static void multiply(int64_t rows, int64_t depth, const E* a, int64_t lda, const
                      const Finish& finish) {
 #if defined(GTP_AMX)
   if constexpr (!Vec<E>::is_floating) {
-    tile_configure(TileConfig(rows, depth % 16));
+    tile_configure(rows, depth % 16);
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t start = panels.start(p) * 16;
       const E* panel = packed + start * depth;
@@ -154,8 +159,11 @@ static void multiply(int64_t rows, int64_t depth, const E* a, int64_t lda, const
         case 2:
           multiply_amx<2>(rows, depth, a, lda, panel, start, finish);
           break;
-        default:
+        case 3:
           multiply_amx<3>(rows, depth, a, lda, panel, start, finish);
+          break;
+        default:
+          multiply_amx<Operand<E>::kWidest>(rows, depth, a, lda, panel, start, finish);
       }
     }
     return;

@@ -189,8 +189,8 @@ GTP_INLINE uint32_t members(const uint32_t* set, const int32_t* index, int64_t c
 
 // exp(x) for x <= 0, within 2 ulp, subnormal results included; exp(-inf) = 0, exp(NaN) = NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, then 2^n in two steps, so that neither overflows its
-// exponent. What is too small for a subnormal is not computed: some processors take a hundred cycles where a product
-// underflows.
+// exponent. What is too small for a subnormal is not computed: where a product underflows, some processors go through
+// microcode.
 GTP_INLINE vfloat exp_negative(vfloat x) {
 #if defined(__AVX512F__)
   const __mmask16 positive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-104.0f), _CMP_NLT_UQ);
