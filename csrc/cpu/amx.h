@@ -38,13 +38,14 @@ struct Tile {
   alignas(64) uint32_t row[16][16];
 };
 inline thread_local Tile tiles[8];
-inline thread_local TileConfig tile_config(16, 0);
+inline thread_local TileConfig tile_config(0, 0);
 
 GTP_INLINE void tile_load_config(const TileConfig& config) {
   tile_config = config;
   for (Tile& tile : tiles) __builtin_memset(&tile, 0, sizeof tile);
 }
 GTP_INLINE void tile_release_all() {
+  tile_config = TileConfig(0, 0);
   for (Tile& tile : tiles) __builtin_memset(&tile, 0xff, sizeof tile);
 }
 static void tile_load(int tile, const void* source, int64_t stride) {

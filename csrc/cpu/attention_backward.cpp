@@ -25,8 +25,7 @@ struct Backward {
   const AttentionBackwardParams& p;
   SoftmaxMap<T, E> map;
   const int64_t tokens, size;
-  const Panels panels;  // of the head size
-  const Panels token_panels;
+  const Panels panels, token_panels;  // of the head size, of the tokens
   const int64_t width;                // the head size, rounded up to whole vectors
   const int64_t padded, columns, ld;  // tokens, rounded up to kRows, and to whole vectors too; the row stride of a part
   const int64_t blocks, parts, most;  // whole blocks of a head; its parts; the rows of the largest one

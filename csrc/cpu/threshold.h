@@ -3,9 +3,10 @@
 // Values are >= 0 or NaN. NaN counts as the largest value. `rank` is 1-based from the smallest.
 // Arrays handed to collect() hold whole vectors; the padding is NaN, which no ordered comparison takes.
 //
-// map_threshold: a stratified sample (one vector of every row) brackets the rank; one sweep counts what lies below and
-// collects what lies strictly inside; kth() finds the rank among those few. Where the bracket misses or its contents
-// outgrow the buffer, a radix selection in four sweeps gives the same value.
+// map_threshold: a stratified sample (W values of every row) brackets the rank; one sweep counts what lies below and
+// collects what lies strictly inside; kth() finds the rank among those few. Where the bracket misses, a wider one is
+// tried. Where that misses too, or its contents outgrow the buffer, a radix selection in a sweep per byte gives the
+// same value.
 //
 // A map is seen through `sweep`: sweep(body) calls body(row, share) for its rows in order, whose values are
 // row[j] * share, and stops where the body returns false.
@@ -327,11 +328,13 @@ GTP_INLINE void sample_row(const T* row, T share, int64_t i, int64_t step, int64
 }
 
 // Room that map_threshold needs in each of its two buffers: for the sample twice, and for the contents of the bracket,
-// which is wide where rows are few and holds about 1 % of the map where they are thousands.
+// which is wide where rows are few and the sample takes few values of each, and holds about 1 % of the map where they
+// are thousands.
 template <class T>
 GTP_INLINE int64_t threshold_room(int64_t tokens) {
-  const int64_t total = tokens * tokens;
-  return (tokens > 1024 ? total / 48 : total / 6) + 16 * tokens + 4096 + 2 * Vec<T>::W * tokens + 8 * Vec<T>::W;
+  constexpr int W = Vec<T>::W;
+  const int64_t total = tokens * tokens, part = tokens <= 1024 ? 6 : W >= 16 ? 48 : W >= 8 ? 32 : W >= 4 ? 20 : 12;
+  return total / part + 16 * tokens + 4096 + 2 * W * tokens + 8 * W;
 }
 
 // The rank-th smallest of the tokens * tokens values of a map whose rows are padded with NaN to whole vectors. The
@@ -353,18 +356,19 @@ static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool fo
   for (double deviations = 4; deviations <= 8 && !force_miss; deviations *= 2) {
     T low = T(-1), high = Vec<T>::inf;
     if (is_sampled<T>(tokens)) {
-      if (deviations > 4) {
-        int64_t i = 0;
-        const int64_t step = sample_step(tokens);
-        sweep([&](const T* row, T share) {
-          sample_row(row, share, i++, step, tokens, first);
-          return true;
-        });
-      }
       const int64_t sampled = tokens * W;
       const double share = static_cast<double>(rank) / static_cast<double>(tokens * tokens);
       const double middle = share * static_cast<double>(sampled);
       const double margin = 2.0 + deviations * __builtin_sqrt(middle * (1.0 - share) + 0.25);
+      if (deviations > 4) {
+        if (2 * margin / W * static_cast<double>(tokens) > static_cast<double>(room - padded)) break;
+        int64_t i = 0;
+        const int64_t step = sample_step(tokens);
+        sweep([&](const T* row, T share_of_row) {
+          sample_row(row, share_of_row, i++, step, tokens, first);
+          return true;
+        });
+      }
       kth_two(first, sampled, static_cast<int64_t>(middle - margin), static_cast<int64_t>(middle + margin) + 1, second,
               low, high);
       if (low > high) low = high;
@@ -381,6 +385,7 @@ static T map_threshold(const Sweep& sweep, int64_t tokens, int64_t rank, bool fo
     if (rank > up_to && rank <= up_to + between) return kth(first, between, rank - up_to, second);
     if (rank <= up_to && rank > up_to - count_in_map(low)) return low;
     if (rank > up_to + between && high > low && rank <= up_to + between + count_in_map(high)) return high;
+    if (!is_sampled<T>(tokens)) break;
   }
   return radix_kth<T>(sweep, tokens, rank);
 }
